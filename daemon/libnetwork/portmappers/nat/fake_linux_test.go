@@ -1,0 +1,286 @@
+package nat
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/containerd/log"
+	"github.com/moby/moby/v2/daemon/libnetwork/portallocator"
+	"github.com/moby/moby/v2/daemon/libnetwork/portmapperapi"
+	"github.com/moby/moby/v2/daemon/libnetwork/types"
+	"github.com/sirupsen/logrus"
+	logrustest "github.com/sirupsen/logrus/hooks/test"
+	"gotest.tools/v3/assert"
+)
+
+// answerPrefix is what dockerd's client puts before RootlessKit's answers.
+const answerPrefix = "error while calling RootlessKit PortManager.AddPort(): "
+
+const slirpShrug = "reply.Error: map[desc:bad request: add_hostfwd: slirp_add_hostfwd failed]"
+
+// mapping is a host port that fakeDriver exposes.
+type mapping struct {
+	proto string
+	ip    netip.Addr
+	port  int
+}
+
+// fakeDriver is a PortDriverClient with a host of its own. It answers as
+// RootlessKit's builtin driver does, and fails the test when it is misused.
+type fakeDriver struct {
+	t testing.TB
+
+	// child4 is the child address of IPv4 host addresses that aren't loopback:
+	// one for each fakeDriver, so that tests don't meet in the child namespace.
+	child4 netip.Addr
+	// taken tells whether another process has the port on the host.
+	taken func(port int) bool
+	// shrugs makes all refusals slirp4netns' one.
+	shrugs bool
+	// noIPv6 makes it serve IPv4 only, and noSCTP neither is served.
+	noIPv6 bool
+	// answer, when set, is asked first: an error is the answer, nil leaves it to
+	// the fake. The call's number counts from 1.
+	answer func(call int, m mapping) error
+	// removed, when set, is asked for the answer to a removal that was done.
+	removed func(m mapping) error
+
+	mu      sync.Mutex
+	calls   int
+	asked   []int // asked has the port of each call.
+	nextID  int
+	exposed map[mapping]int
+}
+
+var fakes atomic.Int32
+
+// newFake returns a driver on whose host no port is taken. At the test's end
+// nothing may be left: no host port, no reservation, no descriptor, no goroutine.
+func newFake(t testing.TB) *fakeDriver {
+	n := fakes.Add(1)
+	f := &fakeDriver{
+		t:       t,
+		child4:  netip.AddrFrom4([4]byte{127, 80, byte(n / 200), byte(n%200 + 2)}),
+		taken:   func(int) bool { return false },
+		exposed: map[mapping]int{},
+	}
+	goroutines, fds := runtime.NumGoroutine(), descriptors(t)
+	t.Cleanup(func() {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		for m := range f.exposed {
+			t.Errorf("left on the host: %+v", m)
+		}
+		f.checkReservations()
+		// A goroutine that has given its answer may not have ended yet.
+		for end := time.Now().Add(10 * time.Second); ; runtime.Gosched() {
+			g, d := runtime.NumGoroutine(), descriptors(t)
+			if g <= goroutines && d <= fds {
+				break
+			}
+			if time.Now().After(end) {
+				t.Errorf("left: %d goroutines and %d descriptors, of %d and %d before", g, d, goroutines, fds)
+				break
+			}
+		}
+	})
+	return f
+}
+
+// descriptors counts the sockets, pipes and regular files that are open.
+func descriptors(t testing.TB) int {
+	entries, err := os.ReadDir("/proc/self/fd")
+	assert.NilError(t, err)
+	n := 0
+	for _, e := range entries {
+		// The runtime's poller comes and stays.
+		if to, err := os.Readlink("/proc/self/fd/" + e.Name()); err == nil && !strings.HasPrefix(to, "anon_inode:") {
+			n++
+		}
+	}
+	return n
+}
+
+// checkReservations reserves and releases all that the driver was asked for.
+func (f *fakeDriver) checkReservations() {
+	pa := portallocator.Get()
+	slices.Sort(f.asked)
+	for _, port := range slices.Compact(f.asked) {
+		for _, proto := range []string{"tcp", "udp"} {
+			ips := []net.IP{f.child4.AsSlice(), net.IPv6loopback}
+			if _, err := pa.RequestPortsInRange(ips, proto, port, port); err != nil {
+				f.t.Errorf("still reserved: %d/%s: %v", port, proto, err)
+				continue
+			}
+			for _, ip := range ips {
+				pa.ReleasePort(ip, proto, port)
+			}
+		}
+	}
+}
+
+func (f *fakeDriver) ChildHostIP(proto string, hostIP netip.Addr) netip.Addr {
+	switch {
+	case proto == "sctp", hostIP.Is6() && f.noIPv6:
+		return netip.Addr{}
+	case hostIP.IsLoopback() && hostIP.Is4():
+		return hostIP
+	case hostIP.Is6():
+		return netip.IPv6Loopback()
+	}
+	return f.child4
+}
+
+func (f *fakeDriver) AddPort(ctx context.Context, proto string, hostIP, childIP netip.Addr, hostPort int) (func() error, error) {
+	f.mu.Lock()
+	f.calls++
+	f.asked = append(f.asked, hostPort)
+	call, answer := f.calls, f.answer
+	f.mu.Unlock()
+
+	if ctx.Done() != nil {
+		f.t.Errorf("AddPort(%s %s:%d) can be cancelled: its outcome would be lost", proto, hostIP, hostPort)
+	}
+	if want := f.ChildHostIP(proto, hostIP); childIP != want {
+		f.t.Errorf("AddPort(%s %s:%d): child address is %s, not %s", proto, hostIP, hostPort, childIP, want)
+	}
+	m := mapping{proto, hostIP, hostPort}
+	if answer != nil {
+		if err := answer(call, m); err != nil {
+			return nil, err
+		}
+	}
+
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if err := f.refusal(m); err != nil {
+		if f.shrugs {
+			err = errors.New(slirpShrug)
+		}
+		return nil, errors.New(answerPrefix + err.Error())
+	}
+	f.nextID++
+	id := f.nextID
+	f.exposed[m] = id
+	return func() error { return f.remove(m, id) }, nil
+}
+
+// refusal returns the answer for a mapping that isn't to be had, or nil.
+func (f *fakeDriver) refusal(m mapping) error {
+	if id, ok := f.exposed[m]; ok {
+		return fmt.Errorf("conflict with ID %d", id)
+	}
+	listen := fmt.Sprintf("listen %s4 %s:", m.proto, netip.AddrPortFrom(m.ip, uint16(m.port)))
+	if m.ip.IsPrivate() {
+		return errors.New(listen + " bind: cannot assign requested address")
+	}
+	if m.port < 1024 {
+		return fmt.Errorf("cannot expose privileged port %d, you can add 'net.ipv4.ip_unprivileged_port_start=%d' to /etc/sysctl.conf (currently 1024), or set CAP_NET_BIND_SERVICE on rootlesskit binary, or choose a larger port number (>= 1024): %s bind: permission denied", m.port, m.port, listen)
+	}
+	inUse := f.taken(m.port)
+	for o := range f.exposed {
+		inUse = inUse || o.proto == m.proto && o.port == m.port && o.ip.Is4() == m.ip.Is4() && (o.ip.IsUnspecified() || m.ip.IsUnspecified())
+	}
+	if inUse {
+		return errors.New(listen + " bind: address already in use")
+	}
+	return nil
+}
+
+func (f *fakeDriver) remove(m mapping, id int) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.exposed[m] != id {
+		f.t.Errorf("%+v was removed twice", m)
+		return fmt.Errorf("unknown id: %d", id)
+	}
+	delete(f.exposed, m)
+	if f.removed != nil {
+		return f.removed(m)
+	}
+	return nil
+}
+
+// holdRange makes another process hold the host's ports from first to last.
+func (f *fakeDriver) holdRange(first, last int) {
+	f.taken = func(port int) bool { return first <= port && port <= last }
+}
+
+// request asks for a host port in [first, last] on each of addrs.
+func request(proto types.Protocol, first, last int, addrs ...string) []portmapperapi.PortBindingReq {
+	var reqs []portmapperapi.PortBindingReq
+	for _, addr := range addrs {
+		reqs = append(reqs, portmapperapi.PortBindingReq{PortBinding: types.PortBinding{
+			Proto:       proto,
+			IP:          net.IPv4(172, 17, 0, 2),
+			Port:        80,
+			HostIP:      netip.MustParseAddr(addr).AsSlice(),
+			HostPort:    uint16(first),
+			HostPortEnd: uint16(last),
+		}})
+	}
+	return reqs
+}
+
+// published maps reqs and returns the host port, after checking that all of
+// them have it on the host and in the child namespace. The test's end unmaps it.
+func published(t testing.TB, f *fakeDriver, reqs []portmapperapi.PortBindingReq) int {
+	t.Helper()
+	pm := NewPortMapper(Config{RlkClient: f})
+	pbs, err := pm.MapPorts(context.Background(), reqs)
+	assert.NilError(t, err)
+	t.Cleanup(func() { assert.Check(t, pm.UnmapPorts(context.Background(), pbs)) })
+	assert.Assert(t, len(pbs) == len(reqs))
+	for _, pb := range pbs {
+		assert.Equal(t, pb.HostPort, pbs[0].HostPort)
+		assert.Equal(t, pb.HostPortEnd, pbs[0].HostPort)
+		assert.Check(t, f.has(pb), "not on the host: %s", pb)
+	}
+	return int(pbs[0].HostPort)
+}
+
+func (f *fakeDriver) has(pb portmapperapi.PortBinding) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	_, ok := f.exposed[mapping{pb.Proto.String(), addrOf(pb.HostIP), int(pb.HostPort)}]
+	return ok
+}
+
+// refused maps reqs, which must fail, and returns the error.
+func refused(t testing.TB, f *fakeDriver, ctx context.Context, reqs []portmapperapi.PortBindingReq) error {
+	t.Helper()
+	pbs, err := NewPortMapper(Config{RlkClient: f}).MapPorts(ctx, reqs)
+	assert.Assert(t, err != nil, "published: %v", pbs)
+	assert.Check(t, pbs == nil)
+	return err
+}
+
+// logged returns a context whose logger keeps what is logged.
+func logged() (context.Context, *logrustest.Hook) {
+	logger, hook := logrustest.NewNullLogger()
+	logger.SetOutput(io.Discard)
+	logger.SetLevel(logrus.DebugLevel)
+	return log.WithLogger(context.Background(), logrus.NewEntry(logger)), hook
+}
+
+func entries(hook *logrustest.Hook, level logrus.Level) []*logrus.Entry {
+	var es []*logrus.Entry
+	for _, e := range hook.AllEntries() {
+		if e.Level == level {
+			es = append(es, e)
+		}
+	}
+	return es
+}

@@ -1,0 +1,407 @@
+package nat
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"runtime"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/moby/moby/v2/daemon/libnetwork/portallocator"
+	"github.com/moby/moby/v2/daemon/libnetwork/portmapperapi"
+	"github.com/moby/moby/v2/daemon/libnetwork/types"
+	"github.com/sirupsen/logrus"
+	"golang.org/x/sys/unix"
+	"gotest.tools/v3/assert"
+	is "gotest.tools/v3/assert/cmp"
+)
+
+var errInUse = errors.New(answerPrefix + "listen tcp4 0.0.0.0:1: bind: address already in use")
+
+func TestDynamicPortsAreSearchedInOrderThenAtRandom(t *testing.T) {
+	f := newFake(t)
+	first, last := portallocator.GetPortRange()
+	f.holdRange(int(first), int(first)+499)
+	port := published(t, f, request(types.TCP, 0, 0, "0.0.0.0"))
+	assert.Check(t, port >= int(first)+500 && port <= int(last))
+	assert.Check(t, f.calls > inOrder && f.calls <= 64, "%d calls", f.calls)
+	seen := map[int]bool{}
+	for i, p := range f.asked {
+		assert.Check(t, !seen[p], "%d was asked for twice", p)
+		seen[p] = true
+		if i < inOrder {
+			assert.Check(t, is.Equal(p, int(first)+i))
+		}
+	}
+}
+
+// 300 ports in a row are nothing to a driver that doesn't say why, either.
+func TestUnclearRefusalsAreJumpedToo(t *testing.T) {
+	f := newFake(t)
+	f.shrugs = true
+	first, _ := portallocator.GetPortRange()
+	f.holdRange(int(first), int(first)+299)
+	published(t, f, request(types.TCP, 0, 0, "0.0.0.0"))
+}
+
+func TestUnclearRefusalsEndTheSearchAt64(t *testing.T) {
+	f := newFake(t)
+	f.answer = func(int, mapping) error { return errors.New(answerPrefix + slirpShrug) }
+	err := refused(t, f, context.Background(), request(types.TCP, 0, 0, "0.0.0.0"))
+	assert.Check(t, is.Equal(f.calls, 64))
+	assert.Check(t, is.ErrorContains(err, "64 refusals do not say why"))
+	assert.Check(t, is.ErrorContains(err, slirpShrug))
+}
+
+func TestRangeComesOutAtItsOnlyFreePort(t *testing.T) {
+	f := newFake(t)
+	f.holdRange(8000, 8039)
+	assert.Check(t, is.Equal(published(t, f, request(types.UDP, 8000, 8040, "0.0.0.0", "::")), 8040))
+	assert.Check(t, is.Equal(f.calls, 42))
+}
+
+func TestRangeComesOutAtItsOnlyFreePortInTheChild(t *testing.T) {
+	f := newFake(t)
+	for port := 8000; port < 8040; port++ {
+		l, err := net.Listen("tcp", net.JoinHostPort(f.child4.String(), strconv.Itoa(port)))
+		assert.NilError(t, err)
+		defer l.Close()
+	}
+	assert.Check(t, is.Equal(published(t, f, request(types.TCP, 8000, 8040, "0.0.0.0")), 8040))
+	assert.Check(t, is.Equal(f.calls, 1))
+}
+
+func TestExhaustedRangeSaysSo(t *testing.T) {
+	f := newFake(t)
+	f.holdRange(8000, 8040)
+	synctest.Test(t, func(t *testing.T) {
+		start := time.Now()
+		err := refused(t, f, context.Background(), request(types.TCP, 8000, 8040, "0.0.0.0"))
+		for _, want := range []string{
+			"container port 80/tcp", "8000-8040", "41 tried", "0.0.0.0:8040/tcp",
+			"address already in use", "sudo ss -ltnp 'sport = :8040'",
+		} {
+			assert.Check(t, is.ErrorContains(err, want))
+		}
+		assert.Check(t, is.Equal(time.Since(start), restLimit), "it waits for a second in all")
+	})
+	assert.Check(t, f.calls > 2*41, "the range was passed %d/41 times", f.calls)
+}
+
+func TestExhaustedRangeInTheChildSaysSo(t *testing.T) {
+	f := newFake(t)
+	for port := 8000; port < 8003; port++ {
+		l, err := net.Listen("tcp", net.JoinHostPort(f.child4.String(), strconv.Itoa(port)))
+		assert.NilError(t, err)
+		defer l.Close()
+	}
+	synctest.Test(t, func(t *testing.T) {
+		err := refused(t, f, context.Background(), request(types.TCP, 8000, 8002, "0.0.0.0"))
+		assert.Check(t, is.ErrorContains(err, "8000-8002"))
+		assert.Check(t, is.ErrorContains(err, "3 tried"))
+		assert.Check(t, is.ErrorContains(err, "child namespace: failed to bind host port "+f.child4.String()))
+		assert.Check(t, is.ErrorIs(err, unix.EADDRINUSE))
+	})
+	assert.Check(t, is.Equal(f.calls, 0))
+}
+
+func TestPortThatComesFreeInAMomentIsWaitedFor(t *testing.T) {
+	f := newFake(t)
+	synctest.Test(t, func(t *testing.T) {
+		start := time.Now()
+		f.taken = func(port int) bool { return port != 8001 || time.Since(start) < restLimit/2 }
+		assert.Check(t, is.Equal(published(t, f, request(types.TCP, 8000, 8002, "0.0.0.0")), 8001))
+	})
+}
+
+func TestPortsOfThisDaemonAreNotWaitedFor(t *testing.T) {
+	f := newFake(t)
+	published(t, f, request(types.TCP, 8000, 8001, "0.0.0.0"))
+	published(t, f, request(types.TCP, 8000, 8001, "0.0.0.0"))
+	calls := f.calls
+	synctest.Test(t, func(t *testing.T) {
+		start := time.Now()
+		err := refused(t, f, context.Background(), request(types.TCP, 8000, 8001, "0.0.0.0"))
+		assert.Check(t, is.ErrorContains(err, "0 tried"))
+		assert.Check(t, is.ErrorContains(err, "all ports are allocated; stop the container that has it"))
+		assert.Check(t, is.Equal(time.Since(start), time.Duration(0)))
+	})
+	// Nor are those that RootlessKit has on a host address of another container.
+	f.answer = func(int, mapping) error { return errors.New(answerPrefix + "conflict with ID 7") }
+	synctest.Test(t, func(t *testing.T) {
+		start := time.Now()
+		err := refused(t, f, context.Background(), request(types.TCP, 8002, 8003, "0.0.0.0"))
+		assert.Check(t, is.ErrorContains(err, "2 tried"))
+		assert.Check(t, is.Equal(time.Since(start), time.Duration(0)))
+	})
+	assert.Check(t, is.Equal(f.calls, calls+2))
+}
+
+func TestRangeComesOutAtFirstUnprivilegedPort(t *testing.T) {
+	// The allocator goes on in a range where it was the last time.
+	portallocator.Get().ReleaseAll()
+	for _, ip := range []string{"0.0.0.0", "::"} {
+		t.Run("refused on the host "+ip, func(t *testing.T) {
+			f := newFake(t)
+			assert.Check(t, is.Equal(published(t, f, request(types.TCP, 1000, 1100, ip)), 1024))
+		})
+		t.Run("refused in the child "+ip, func(t *testing.T) {
+			withoutCapability(t, unix.CAP_NET_BIND_SERVICE)
+			f := newFake(t)
+			assert.Check(t, is.Equal(published(t, f, request(types.TCP, 1001, 1100, ip)), 1024))
+			assert.Check(t, is.Equal(f.calls, 1))
+		})
+	}
+}
+
+// withoutCapability takes a capability from the test's thread.
+func withoutCapability(t *testing.T, capability uint) {
+	runtime.LockOSThread()
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var before, without [2]unix.CapUserData
+	assert.NilError(t, unix.Capget(&header, &before[0]))
+	without = before
+	without[0].Effective &^= 1 << capability
+	assert.NilError(t, unix.Capset(&header, &without[0]))
+	t.Cleanup(func() {
+		assert.NilError(t, unix.Capset(&header, &before[0]))
+		runtime.UnlockOSThread()
+	})
+}
+
+func TestPrivilegedPortsAreNotWaitedFor(t *testing.T) {
+	f := newFake(t)
+	synctest.Test(t, func(t *testing.T) {
+		start := time.Now()
+		err := refused(t, f, context.Background(), request(types.TCP, 1000, 1020, "0.0.0.0"))
+		assert.Check(t, is.ErrorContains(err, "21 tried"))
+		assert.Check(t, is.ErrorContains(err, "net.ipv4.ip_unprivileged_port_start"))
+		assert.Check(t, is.Equal(time.Since(start), time.Duration(0)))
+	})
+}
+
+// Whichever driver refuses a fixed privileged port, the ways out are told, once.
+func TestFixedPrivilegedPort(t *testing.T) {
+	t.Run("child", func(t *testing.T) {
+		withoutCapability(t, unix.CAP_NET_BIND_SERVICE)
+		f := newFake(t)
+		err := refused(t, f, context.Background(), request(types.TCP, 80, 80, "0.0.0.0"))
+		assert.Check(t, is.Equal(strings.Count(err.Error(), "net.ipv4.ip_unprivileged_port_start=80"), 1), err)
+		assert.Check(t, is.Equal(f.calls, 0))
+	})
+	for name, text := range map[string]string{
+		"builtin":          "cannot expose privileged port 80, you can add 'net.ipv4.ip_unprivileged_port_start=80' to /etc/sysctl.conf (currently 1024), or set CAP_NET_BIND_SERVICE on rootlesskit binary, or choose a larger port number (>= 1024): listen tcp4 0.0.0.0:80: bind: permission denied",
+		"gvisor-tap-vsock": "failed to expose port: listen tcp 0.0.0.0:80: bind: permission denied",
+		"slirp4netns":      slirpShrug,
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newSearch(context.Background(), request(types.TCP, 80, 80, "0.0.0.0"))
+			defer s.end()
+			assert.Check(t, s.next())
+			s.refusedOnHost(80, &hostRefusal{hostIP: addrOf(net.IPv4zero), port: 80, proto: types.TCP, err: errors.New(answerPrefix + text)})
+			assert.Check(t, !s.next())
+			assert.Check(t, is.ErrorContains(s.err, "host port 80"))
+			assert.Check(t, is.Equal(strings.Count(s.err.Error(), "net.ipv4.ip_unprivileged_port_start=80"), 1), s.err)
+			assert.Check(t, is.ErrorContains(s.err, "1024"))
+		})
+	}
+}
+
+func TestFixedPortIsAskedForOnce(t *testing.T) {
+	for name, answer := range map[string]error{
+		"taken":     errInUse,
+		"forbidden": errors.New(answerPrefix + "forbidden by its access permissions"),
+		"unclear":   errors.New(answerPrefix + slirpShrug),
+	} {
+		t.Run(name, func(t *testing.T) {
+			f := newFake(t)
+			f.answer = func(int, mapping) error { return answer }
+			err := refused(t, f, context.Background(), request(types.TCP, 18083, 18083, "0.0.0.0", "::"))
+			assert.Check(t, is.ErrorIs(err, answer))
+			assert.Check(t, is.ErrorContains(err, "host port 0.0.0.0:18083/tcp"))
+			assert.Check(t, is.Equal(f.calls, 1))
+		})
+	}
+	t.Run("allocated", func(t *testing.T) {
+		f := newFake(t)
+		published(t, f, request(types.TCP, 18083, 18083, "0.0.0.0"))
+		err := refused(t, f, context.Background(), request(types.TCP, 18083, 18083, "0.0.0.0"))
+		assert.Check(t, is.ErrorContains(err, "port is already allocated"))
+		assert.Check(t, is.Equal(f.calls, 1))
+	})
+}
+
+func TestRequestThatCannotBeServedIsNotRepeated(t *testing.T) {
+	t.Run("address not on the host", func(t *testing.T) {
+		f := newFake(t)
+		err := refused(t, f, context.Background(), request(types.TCP, 0, 0, "10.1.2.3"))
+		assert.Check(t, is.ErrorContains(err, "cannot assign requested address; publish on an address that the host has"))
+		assert.Check(t, is.Equal(f.calls, 1))
+	})
+	t.Run("invalid range", func(t *testing.T) {
+		f := newFake(t)
+		err := refused(t, f, context.Background(), request(types.TCP, 9000, 8000, "0.0.0.0"))
+		assert.Check(t, is.ErrorContains(err, "invalid port range: 9000-8000"))
+		assert.Check(t, is.Equal(f.calls, 0))
+	})
+	t.Run("out of descriptors in the child", func(t *testing.T) {
+		f := newFake(t)
+		var before unix.Rlimit
+		assert.NilError(t, unix.Getrlimit(unix.RLIMIT_NOFILE, &before))
+		none := before
+		none.Cur = 3
+		assert.NilError(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &none))
+		err := refused(t, f, context.Background(), request(types.TCP, 0, 0, "0.0.0.0"))
+		assert.NilError(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &before))
+		assert.Check(t, is.ErrorIs(err, unix.EMFILE))
+		assert.Check(t, is.ErrorContains(err, "too many open files; raise the limits"))
+		assert.Check(t, is.Equal(f.calls, 0))
+	})
+}
+
+func TestDynamicRangeIsSearchedToItsLastPort(t *testing.T) {
+	f := newFake(t)
+	first, last := portallocator.GetPortRange()
+	f.taken = func(port int) bool { return port != int(last) }
+	// What this daemon has isn't a refusal.
+	_, err := portallocator.Get().RequestPort(f.child4.AsSlice(), "tcp", int(first)+100)
+	assert.NilError(t, err)
+	f.asked = append(f.asked, int(first)+100) // To see that it is released.
+	assert.Check(t, is.Equal(published(t, f, request(types.TCP, 0, 0, "0.0.0.0")), int(last)))
+	portallocator.Get().ReleasePort(f.child4.AsSlice(), "tcp", int(first)+100)
+}
+
+func TestSearchEndsWithItsTime(t *testing.T) {
+	f := newFake(t)
+	synctest.Test(t, func(t *testing.T) {
+		f.answer = func(int, mapping) error {
+			time.Sleep(time.Millisecond)
+			return errInUse
+		}
+		start := time.Now()
+		err := refused(t, f, context.Background(), request(types.TCP, 0, 0, "0.0.0.0"))
+		assert.Check(t, time.Since(start) <= searchLimit+time.Millisecond)
+		assert.Check(t, is.ErrorContains(err, "10s"))
+		assert.Check(t, is.ErrorContains(err, "address already in use"))
+	})
+}
+
+func TestCallerGivesUp(t *testing.T) {
+	for name, tc := range map[string]struct {
+		giveUpAt int // giveUpAt is the call during which the caller gives up.
+		calls    int
+		answer   error
+	}{
+		"before":                             {calls: 0},
+		"during a call that succeeds":        {giveUpAt: 1, calls: 1},
+		"during a call that is refused":      {giveUpAt: 3, calls: 3, answer: errInUse},
+		"during the last call of an attempt": {giveUpAt: 2, calls: 2},
+	} {
+		t.Run(name, func(t *testing.T) {
+			f := newFake(t)
+			ctx, cancel := context.WithCancel(context.Background())
+			defer cancel()
+			if tc.giveUpAt == 0 {
+				cancel()
+			}
+			f.answer = func(call int, _ mapping) error {
+				if call == tc.giveUpAt {
+					cancel()
+				}
+				return tc.answer
+			}
+			err := refused(t, f, ctx, request(types.TCP, 0, 0, "0.0.0.0", "::"))
+			assert.Check(t, is.ErrorIs(err, context.Canceled))
+			assert.Check(t, is.Equal(f.calls, tc.calls))
+		})
+	}
+
+	t.Run("while waiting", func(t *testing.T) {
+		f := newFake(t)
+		f.holdRange(8000, 8001)
+		synctest.Test(t, func(t *testing.T) {
+			ctx, cancel := context.WithTimeout(context.Background(), restLimit/4)
+			defer cancel()
+			start := time.Now()
+			err := refused(t, f, ctx, request(types.TCP, 8000, 8001, "0.0.0.0"))
+			assert.Check(t, is.ErrorIs(err, context.DeadlineExceeded))
+			assert.Check(t, is.Equal(time.Since(start), restLimit/4))
+		})
+	})
+}
+
+// A request that isn't answered is given up, and undone when the answer comes.
+func TestPortDriverThatDoesNotAnswer(t *testing.T) {
+	for name, late := range map[string]error{"success": nil, "refusal": errInUse} {
+		t.Run("late "+name, func(t *testing.T) {
+			f := newFake(t)
+			ctx, hook := logged()
+			synctest.Test(t, func(t *testing.T) {
+				answer := make(chan struct{})
+				f.answer = func(_ int, m mapping) error {
+					if m.ip.Is6() {
+						<-answer
+						return late
+					}
+					return nil
+				}
+				start := time.Now()
+				reqs := request(types.TCP, 0, 0, "0.0.0.0", "::")
+				err := refused(t, f, ctx, reqs)
+				assert.Check(t, is.Equal(time.Since(start), searchLimit))
+				assert.Check(t, is.ErrorIs(err, errNoAnswer))
+				f.mu.Lock()
+				port := f.asked[0]
+				f.mu.Unlock()
+				assert.Check(t, is.ErrorContains(err, fmt.Sprintf("host port %d/tcp on 0.0.0.0, ::", port)))
+				assert.Check(t, is.ErrorContains(err, "see whether RootlessKit is running"))
+
+				// Until then, the port is nobody's. The child's is closed.
+				_, err = portallocator.Get().RequestPort(f.child4.AsSlice(), "tcp", port)
+				assert.Check(t, is.ErrorContains(err, "already allocated"))
+				l, err := net.Listen("tcp", net.JoinHostPort(f.child4.String(), strconv.Itoa(port)))
+				assert.NilError(t, err)
+				assert.NilError(t, l.Close())
+
+				reqs[0].HostIP[0] = 99 // The undoing has its own copy.
+				close(answer)
+				synctest.Wait()
+				f.mu.Lock()
+				defer f.mu.Unlock()
+				assert.Check(t, is.Len(f.exposed, 0))
+			})
+			warnings := entries(hook, logrus.WarnLevel)
+			assert.Check(t, is.Len(warnings, 1))
+		})
+	}
+}
+
+func TestSixtyFourCallersWithNinePortsInTenTaken(t *testing.T) {
+	f := newFake(t)
+	f.taken = func(port int) bool { return port%10 != 0 }
+	pm := NewPortMapper(Config{RlkClient: f})
+	var wg sync.WaitGroup
+	got := make([][]portmapperapi.PortBinding, 64)
+	for i := range got {
+		wg.Go(func() {
+			pbs, err := pm.MapPorts(context.Background(), request(types.TCP, 0, 0, "0.0.0.0"))
+			assert.Check(t, err)
+			got[i] = pbs
+		})
+	}
+	wg.Wait()
+	seen := map[uint16]bool{}
+	for _, pbs := range got {
+		assert.Assert(t, is.Len(pbs, 1))
+		assert.Check(t, !seen[pbs[0].HostPort])
+		seen[pbs[0].HostPort] = true
+		assert.Check(t, pm.UnmapPorts(context.Background(), pbs))
+	}
+	assert.Check(t, f.calls < 20*64, "%d calls", f.calls)
+}
