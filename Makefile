@@ -1,0 +1,39 @@
+# `make` lists the targets. All that is built goes to build/.
+.DEFAULT_GOAL := help
+.PHONY: help deps build stress test check bench clean
+.NOTPARALLEL: # go uses all processors itself, and the order of what a target needs is meant
+
+BERTH := build/bin/berth
+N     ?= 10 # how often `make bench` runs each benchmark
+CODE  := $(wildcard daemon hack integration)
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+deps: ## set up the system: packages, /dev/net/tun, a test user (as root; else say what is missing)
+	@hack/deps.sh
+
+build: ## build the patched Docker, and the stock one beside it, into build/bin
+	go build -trimpath -buildvcs=false -o $(BERTH) ./hack/berth
+	@$(BERTH) build
+
+stress: deps build ## watch stock fail and Berth not: 80 starts on a busy host, with each
+	@$(BERTH) stress
+
+test: deps check build ## everything: check, then the end-to-end test on real stacks
+	go test -tags integration -count=1 -timeout 30m ./integration/...
+
+check: ## gofmt, vet, staticcheck, shellcheck, and the unit tests with -race
+	@unformatted=$$(gofmt -l $(CODE)); test -z "$$unformatted" || { echo "gofmt these:"; echo "$$unformatted"; exit 1; }
+	go vet -tags integration ./...
+	go tool staticcheck -tags integration ./...
+	shellcheck hack/*.sh .ci/run
+	go test -race ./...
+
+bench: build ## run the benchmarks and compare (N=10 times each; build/results/bench.txt)
+	@mkdir -p build/results
+	go test -run '^$$' -bench . -benchmem -count $(N) ./... >build/results/bench.txt || { cat build/results/bench.txt; exit 1; }
+	go tool benchstat build/results/bench.txt
+
+clean: ## remove all that was built
+	rm -rf build

@@ -1,0 +1,266 @@
+package build
+
+import (
+	"bytes"
+	"context"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/mod/module"
+	modzip "golang.org/x/mod/zip"
+	"gotest.tools/v3/assert"
+	is "gotest.tools/v3/assert/cmp"
+	gofs "gotest.tools/v3/fs"
+)
+
+const nat = "daemon/libnetwork/portmappers/nat"
+
+// checkout is a small Berth over small modules, which a folder publishes in a module proxy's stead: the whole way from
+// vendor.conf to binaries that run.
+func checkout(t *testing.T) (root string) {
+	t.Helper()
+	modCache := t.TempDir()
+	t.Cleanup(func() { // go makes it read-only
+		filepath.WalkDir(modCache, func(path string, d fs.DirEntry, err error) error {
+			if err == nil && d.IsDir() {
+				err = os.Chmod(path, 0o755)
+			}
+			return err
+		})
+	})
+	proxy := t.TempDir()
+	for name, value := range map[string]string{
+		"GOMODCACHE": modCache, "GOPROXY": "file://" + proxy, "GOSUMDB": "off", "GONOPROXY": "none", "GOPRIVATE": "",
+		"GOFLAGS": "-tags=ambient", // must not matter
+	} {
+		t.Setenv(name, value)
+	}
+	publish(t, proxy, "example.com/base", "v1.0.0", map[string]string{
+		"go.mod":                 "module example.com/base\n\ngo 1.25\n",
+		nat + "/mapper_linux.go": "package nat\n\nconst Name = \"upstream\"\n",
+		"contrib/start.sh":       "#!/bin/sh\necho started\n",
+		"v/v.go":                 "package v\n\nvar Version, Commit string\n",
+		"cmd/dockerd/main.go": `package main
+
+import (
+	"example.com/base/` + nat + `"
+	"example.com/base/v"
+)
+
+func main() { println(nat.Name, v.Version, v.Commit) }
+`,
+		"cmd/proxy/main.go": "package main\n\nfunc main() { println(\"proxy\") }\n",
+	})
+	publish(t, proxy, "example.com/cli", "v3.0.0+incompatible", map[string]string{
+		"vendor.mod": "module example.com/cli\n\ngo 1.25\n",
+		"main.go":    "package main\n\nvar version string\n\nfunc main() { println(\"cli\", version) }\n",
+	})
+	return gofs.NewDir(t, "root",
+		gofs.WithFile("go.mod", "module berth\n\ngo 1.25\n"),
+		gofs.WithFile("vendor.conf", `
+base  example.com/base  v1.0.0  release=29.0.0 patch=2 packages=./cmd/dockerd,./cmd/proxy files=contrib/start.sh version-var=example.com/base/v.Version commit-var=example.com/base/v.Commit
+cli   example.com/cli   v3.0.0+incompatible  packages=. version-var=main.version
+other example.com/base  v1.0.0  packages=./cmd/proxy optional=yes
+`),
+		gofs.WithDir(nat,
+			gofs.WithFile("mapper_linux.go", "package nat\n\nconst Name = \"patched\"\n"),
+			gofs.WithFile("mapper_linux_test.go", "package nat\n"),
+		),
+	).Path()
+}
+
+func publish(t *testing.T, proxy, path, version string, files map[string]string) {
+	t.Helper()
+	src := t.TempDir()
+	for name, data := range files {
+		write(t, filepath.Join(src, name), data)
+	}
+	dir := filepath.Join(proxy, path, "@v")
+	mod := files["go.mod"]
+	if mod == "" {
+		mod = "module " + path + "\n"
+	}
+	write(t, filepath.Join(dir, version+".mod"), mod)
+	write(t, filepath.Join(dir, version+".info"), `{"Version":"`+version+`"}`)
+	f, err := os.Create(filepath.Join(dir, version+".zip"))
+	assert.NilError(t, err)
+	defer f.Close()
+	assert.NilError(t, modzip.CreateFromDir(f, module.Version{Path: path, Version: version}, src))
+}
+
+func write(t *testing.T, name, data string) {
+	t.Helper()
+	assert.NilError(t, os.MkdirAll(filepath.Dir(name), 0o755))
+	assert.NilError(t, os.WriteFile(name, []byte(data), 0o644))
+}
+
+// result builds and returns what became of each component: "unchanged", or the time it took as "built".
+func result(t *testing.T, root string, names ...string) map[string]string {
+	t.Helper()
+	var out bytes.Buffer
+	assert.NilError(t, Run(t.Context(), root, &out, names))
+	results := map[string]string{}
+	for line := range strings.Lines(out.String()) {
+		fields := strings.Fields(line)
+		results[fields[0]] = fields[2]
+		if fields[2] == "building" {
+			results[fields[0]] = "built"
+		}
+	}
+	return results
+}
+
+func says(t *testing.T, root, name string) string {
+	t.Helper()
+	out, err := exec.Command(filepath.Join(root, "build/bin", name)).CombinedOutput()
+	assert.NilError(t, err)
+	return strings.TrimSpace(string(out))
+}
+
+func TestBuildsWhatHasChanged(t *testing.T) {
+	root := checkout(t)
+	assert.DeepEqual(t, result(t, root), map[string]string{
+		"dockerd": "built", "dockerd-stock": "built", "proxy": "built", "start.sh": "built", "cli": "built",
+	})
+	assert.Equal(t, says(t, root, "dockerd"), "patched 29.0.0+berth.2 unknown")
+	assert.Equal(t, says(t, root, "dockerd-stock"), "upstream 29.0.0 v1.0.0")
+	assert.Equal(t, says(t, root, "proxy"), "proxy")
+	assert.Equal(t, says(t, root, "start.sh"), "started")
+	assert.Equal(t, says(t, root, "cli"), "cli 3.0.0")
+
+	unchanged := map[string]string{
+		"dockerd": "unchanged", "dockerd-stock": "unchanged", "proxy": "unchanged", "start.sh": "unchanged", "cli": "unchanged",
+	}
+	assert.DeepEqual(t, result(t, root), unchanged)
+
+	// A test of the patch goes into the tree, and into no binary.
+	write(t, filepath.Join(root, nat, "mapper_linux_test.go"), "package nat // more\n")
+	assert.DeepEqual(t, result(t, root), unchanged)
+	data, err := os.ReadFile(filepath.Join(root, "build/tree/v1.0.0/berth", nat, "mapper_linux_test.go"))
+	assert.NilError(t, err)
+	assert.Equal(t, string(data), "package nat // more\n")
+
+	write(t, filepath.Join(root, nat, "mapper_linux.go"), "package nat\n\nconst Name = \"better\"\n")
+	assert.NilError(t, os.Remove(filepath.Join(root, "build/bin/cli")))
+	assert.DeepEqual(t, result(t, root), map[string]string{
+		"dockerd": "built", "dockerd-stock": "unchanged", "proxy": "unchanged", "start.sh": "unchanged", "cli": "built",
+	})
+	assert.Equal(t, says(t, root, "dockerd"), "better 29.0.0+berth.2 unknown")
+
+	// A change of a line is a change of what it builds.
+	conf, err := os.ReadFile(filepath.Join(root, "vendor.conf"))
+	assert.NilError(t, err)
+	write(t, filepath.Join(root, "vendor.conf"), strings.ReplaceAll(string(conf), "patch=2", "patch=3"))
+	assert.DeepEqual(t, result(t, root, "dockerd", "dockerd-stock"), map[string]string{"dockerd": "built", "dockerd-stock": "unchanged"})
+	assert.Equal(t, says(t, root, "dockerd"), "better 29.0.0+berth.3 unknown")
+}
+
+func TestBuildsByName(t *testing.T) {
+	root := checkout(t)
+	assert.DeepEqual(t, result(t, root, "other", "start.sh"), map[string]string{"start.sh": "built", "other": "built"})
+	assert.Equal(t, says(t, root, "other"), "proxy")
+
+	err := Run(t.Context(), root, &bytes.Buffer{}, []string{"moby"})
+	assert.Error(t, err, `no component "moby": there are dockerd, dockerd-stock, proxy, start.sh, cli, other`)
+}
+
+func TestFailureShowsTheCompilersOutput(t *testing.T) {
+	root := checkout(t)
+	result(t, root, "dockerd")
+	write(t, filepath.Join(root, nat, "mapper_linux.go"), "package nat\n\nconst Name = nothing\n")
+	err := Run(t.Context(), root, &bytes.Buffer{}, nil)
+	assert.ErrorContains(t, err, "undefined: nothing")
+	assert.ErrorContains(t, err, "the whole log: build/log/dockerd.log")
+	assert.Equal(t, says(t, root, "dockerd"), "patched 29.0.0+berth.2 unknown") // the one before is still there
+
+	write(t, filepath.Join(root, "vendor.conf"), "gone example.com/gone v1.0.0 packages=.\n")
+	err = Run(t.Context(), root, &bytes.Buffer{}, nil)
+	assert.ErrorContains(t, err, "download example.com/gone@v1.0.0")
+}
+
+// stopper stops a build when it says the word.
+type stopper struct {
+	word string
+	stop func()
+}
+
+func (s stopper) Write(p []byte) (int, error) {
+	if strings.Contains(string(p), s.word) {
+		s.stop()
+	}
+	return len(p), nil
+}
+
+func TestStoppedBuildIsGoneOnWith(t *testing.T) {
+	root := checkout(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	err := Run(ctx, root, stopper{"building", cancel}, nil)
+	assert.Error(t, err, "stopped: build again to go on from here")
+	assert.Check(t, is.Len(files(t, filepath.Join(root, "build/bin")), 0))
+	assert.Check(t, is.Len(files(t, filepath.Join(root, "build/stamp")), 0))
+	assert.Equal(t, result(t, root)["dockerd"], "built")
+
+	err = Run(ctx, root, &bytes.Buffer{}, nil)
+	assert.Error(t, err, "stopped: build again to go on from here")
+}
+
+func TestWaitsForAnotherBuild(t *testing.T) {
+	root := checkout(t)
+	assert.NilError(t, os.Mkdir(filepath.Join(root, "build"), 0o755))
+	unlock, err := lock(t.Context(), root, &bytes.Buffer{})
+	assert.NilError(t, err)
+
+	var out bytes.Buffer
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
+	defer cancel()
+	_, err = lock(ctx, root, &out)
+	assert.ErrorIs(t, err, context.DeadlineExceeded)
+	assert.Check(t, is.Contains(out.String(), "another build is running"))
+
+	second := make(chan error, 1)
+	go func() {
+		_, err := lock(t.Context(), root, &bytes.Buffer{})
+		second <- err
+	}()
+	unlock()
+	assert.NilError(t, <-second)
+}
+
+func TestCommitNamesTheLastChangeOfDockerd(t *testing.T) {
+	root := checkout(t)
+	git := func(arg ...string) string {
+		t.Helper()
+		arg = append([]string{"-c", "user.name=t", "-c", "user.email=t@example.com"}, arg...)
+		out, err := output(t.Context(), root, "git", arg...)
+		assert.NilError(t, err)
+		return out
+	}
+	assert.Equal(t, commit(t.Context(), root), "unknown")
+	git("init", "-q")
+	git("add", ".")
+	assert.Equal(t, commit(t.Context(), root), "unknown")
+	git("commit", "-q", "-m", "one")
+	first := git("rev-parse", "--short=12", "HEAD")
+	assert.Equal(t, commit(t.Context(), root), first)
+
+	write(t, filepath.Join(root, "README.md"), "words")
+	git("add", ".")
+	git("commit", "-q", "-m", "two")
+	assert.Equal(t, commit(t.Context(), root), first)
+
+	write(t, filepath.Join(root, nat, "new_linux.go"), "package nat\n")
+	assert.Equal(t, commit(t.Context(), root), first+"-dirty")
+}
+
+func files(t *testing.T, dir string) []os.DirEntry {
+	t.Helper()
+	entries, err := os.ReadDir(dir)
+	assert.NilError(t, err)
+	return entries
+}

@@ -1,0 +1,116 @@
+#!/bin/sh
+# What Berth needs of a Debian system to build, test and run. See --help.
+set -eu
+
+usage() {
+	cat <<'USAGE'
+usage: hack/deps.sh [--help]
+
+Sets up what Berth needs of a Debian system: packages, a /dev/net/tun that everyone may
+open, and somebody to run a rootless Docker: as root the user "berth", who is made with
+subordinate ids if need be. It does only what is missing and can be run again at any time.
+
+Not as root it changes nothing: it says what is missing, and the command with which an
+administrator sets it up, and exits 1 if anything is.
+
+Go is not installed, only looked for: go.mod says which version.
+USAGE
+}
+
+case ${1-} in
+'') ;;
+-h | --help)
+	usage
+	exit 0
+	;;
+*)
+	usage >&2
+	exit 2
+	;;
+esac
+
+# uidmap, iproute2, iptables: RootlessKit's and dockerd's. procps, util-linux: ps and setpriv, for the stack and its tests.
+# gcc, libc6-dev: runc and the race detector. libseccomp-dev, pkg-config: runc. curl: hack/stress.sh. The rest: make and its tests.
+packages='ca-certificates curl gcc git iproute2 iptables libc6-dev libseccomp-dev make pkg-config procps shellcheck uidmap util-linux'
+root=$(cd "$(dirname "$0")/.." && pwd)
+failed=no # something is missing that this script cannot set up
+todo=     # the commands for an administrator
+
+fail() {
+	echo "deps: $1" >&2
+	failed=yes
+}
+
+# need says what is missing ($1) and has it set up ($2): now as root, else by an administrator.
+need() {
+	echo "deps: $1"
+	if [ "$(id -u)" = 0 ]; then
+		echo "deps: + $2"
+		sh -c "$2"
+	else
+		todo="${todo:+$todo && }$2"
+	fi
+}
+
+# has_subids FILE USER: the user, by name or number, has a line in the file.
+has_subids() {
+	[ -r "$1" ] && grep -q -e "^$2:" -e "^$(id -u "$2" 2>/dev/null || echo "$2"):" "$1"
+}
+
+# A user's 65536 subordinate ids, after all that are given away already.
+free_subids() {
+	cat /etc/subuid /etc/subgid 2>/dev/null |
+		awk -F: '{ end = $2 + $3; if (end > n) n = end } END { if (n < 100000) n = 100000; print n "-" n + 65535 }'
+}
+
+if command -v dpkg-query >/dev/null; then
+	missing=
+	for p in $packages; do
+		[ "$(dpkg-query -W -f='${db:Status-Status}' "$p" 2>/dev/null)" = installed ] || missing="$missing $p"
+	done
+	if [ -n "$missing" ]; then
+		need "packages missing:$missing" \
+			"apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends$missing"
+	fi
+else
+	fail "this is not a Debian system: install the equivalents of $packages"
+fi
+
+if [ ! -c /dev/net/tun ]; then
+	need "/dev/net/tun is missing" "mkdir -p /dev/net && mknod -m 666 /dev/net/tun c 10 200"
+else
+	case $(stat -c %A /dev/net/tun) in
+	c??????rw?) ;;
+	*) need "/dev/net/tun may not be opened by everyone" "chmod 666 /dev/net/tun" ;;
+	esac
+fi
+
+# Root cannot run a rootless Docker: it needs somebody who can.
+user=$(id -un)
+if [ "$user" = root ]; then
+	user=berth
+	id "$user" >/dev/null 2>&1 ||
+		need "there is no user $user to run a rootless Docker as" "useradd -m -s /bin/sh $user"
+fi
+# useradd gives subordinate ids, as a rule.
+range=$(free_subids)
+has_subids /etc/subuid "$user" || need "user $user has no subordinate ids in /etc/subuid" \
+	"touch /etc/subuid && usermod --add-subuids $range $user"
+has_subids /etc/subgid "$user" || need "user $user has no subordinate ids in /etc/subgid" \
+	"touch /etc/subgid && usermod --add-subgids $range $user"
+
+if [ -n "$todo" ]; then
+	echo "deps: ask an administrator to run this:"
+	echo "  sudo sh -c '$todo'"
+	failed=yes
+fi
+
+# The command itself knows best whether it is new enough for go.mod, or can fetch the one that is.
+want=$(awk '$1 == "go" { print $2 }' "$root/go.mod")
+if ! command -v go >/dev/null; then
+	fail "go is not on the PATH: install Go $want or newer"
+elif ! why=$(cd "$root" && go list -m 2>&1); then
+	fail "go cannot build this ($(command -v go)): install Go $want or newer: $why"
+fi
+
+[ "$failed" = no ]

@@ -1,0 +1,146 @@
+// Package pins reads vendor.conf, the one list of what Berth builds from elsewhere.
+package pins
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strconv"
+	"strings"
+
+	"golang.org/x/mod/module"
+)
+
+// Pin is one line of vendor.conf. The comments at the head of that file say what each setting means.
+type Pin struct {
+	Name    string // unique in the file
+	Module  string // Go module path
+	Version string // Go module version, canonical
+	Release string // the product's own version without a "v": the module's unless the line says otherwise
+	Patch   int    // Berth's patch number on the base's line, 0 on all others
+
+	Packages []string // to build, each "." or "./..."
+	Files    []string // to take as they are, relative to the module's folder
+	Tags     []string // Go build tags
+	CGO      bool
+	Optional bool // not built unless asked for by name
+
+	VersionVar string // the variable that the linker sets to the version, or ""
+	CommitVar  string // the variable that the linker sets to the git commit, or ""
+}
+
+// Load reads the file at path.
+func Load(path string) ([]Pin, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return Parse(path, f)
+}
+
+// Parse reads r. Its errors start with name and the number of the first line that is wrong.
+func Parse(name string, r io.Reader) ([]Pin, error) {
+	var list []Pin
+	base := 0
+	lines := map[string]int{}
+	sc := bufio.NewScanner(r)
+	for n := 1; sc.Scan(); n++ {
+		fields := strings.Fields(sc.Text())
+		if len(fields) == 0 || strings.HasPrefix(fields[0], "#") {
+			continue
+		}
+		pin, err := parseLine(fields)
+		switch {
+		case err != nil:
+		case lines[pin.Name] != 0:
+			err = fmt.Errorf("name %q is already used on line %d", pin.Name, lines[pin.Name])
+		case pin.Patch != 0 && base != 0:
+			err = fmt.Errorf("a second base (patch=%d): the first is on line %d", pin.Patch, base)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("%s:%d: %w", name, n, err)
+		}
+		lines[pin.Name] = n
+		if pin.Patch != 0 {
+			base = n
+		}
+		list = append(list, pin)
+	}
+	if err := sc.Err(); err != nil {
+		return nil, fmt.Errorf("%s: %w", name, err)
+	}
+	return list, nil
+}
+
+func parseLine(fields []string) (Pin, error) {
+	if len(fields) < 3 {
+		return Pin{}, fmt.Errorf("want a name, a module and a version, got %q", strings.Join(fields, " "))
+	}
+	pin := Pin{Name: fields[0], Module: fields[1], Version: fields[2]}
+	if err := module.Check(pin.Module, pin.Version); err != nil {
+		return Pin{}, err
+	}
+	pin.Release = strings.TrimSuffix(strings.TrimPrefix(pin.Version, "v"), "+incompatible")
+	seen := map[string]bool{}
+	for _, field := range fields[3:] {
+		key, value, ok := strings.Cut(field, "=")
+		if !ok || value == "" {
+			return Pin{}, fmt.Errorf("want key=value, got %q", field)
+		}
+		if seen[key] {
+			return Pin{}, fmt.Errorf("%s is given twice", key)
+		}
+		seen[key] = true
+		if err := pin.set(key, value); err != nil {
+			return Pin{}, err
+		}
+	}
+	if len(pin.Packages)+len(pin.Files) == 0 {
+		return Pin{}, errors.New("nothing to build: add packages= or files=")
+	}
+	return pin, nil
+}
+
+func (p *Pin) set(key, value string) (err error) {
+	switch key {
+	case "packages":
+		p.Packages = strings.Split(value, ",")
+		for _, pkg := range p.Packages {
+			if pkg != "." && !strings.HasPrefix(pkg, "./") {
+				return fmt.Errorf("package %q: want \".\" or a path that starts with \"./\"", pkg)
+			}
+		}
+	case "files":
+		p.Files = strings.Split(value, ",")
+	case "tags":
+		p.Tags = strings.Split(value, ",")
+	case "cgo":
+		p.CGO, err = yes(key, value)
+	case "optional":
+		p.Optional, err = yes(key, value)
+	case "release":
+		p.Release = value
+	case "patch":
+		p.Patch, err = strconv.Atoi(value)
+		if err != nil || p.Patch < 1 {
+			return fmt.Errorf("patch=%s: want a number from 1 up", value)
+		}
+	case "version-var":
+		p.VersionVar = value
+	case "commit-var":
+		p.CommitVar = value
+	default:
+		return fmt.Errorf("unknown key %q", key)
+	}
+	return err
+}
+
+func yes(key, value string) (bool, error) {
+	if value != "yes" {
+		return false, fmt.Errorf("%s=%s: want %s=yes, or leave it out", key, value, key)
+	}
+	return true, nil
+}
