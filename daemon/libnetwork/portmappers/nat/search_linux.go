@@ -81,8 +81,8 @@ type heldPort struct {
 
 // newSearch starts a search for a port that serves all of reqs, which differ
 // only in their addresses.
-func newSearch(ctx context.Context, reqs []portmapperapi.PortBindingReq) *search {
-	s := &search{
+func newSearch(ctx context.Context, reqs []portmapperapi.PortBindingReq) search {
+	s := search{
 		ctx:   ctx,
 		reqs:  reqs,
 		addrs: make([]net.IP, 0, len(reqs)),
