@@ -1,0 +1,261 @@
+// Package hostload occupies host ports from a process of its own, the way other people's
+// programs do: dockerd and RootlessKit must find out by asking.
+//
+// The process is this program again: a program that imports the package becomes the load
+// when it is started under the load's name, before its own main runs.
+package hostload
+
+import (
+	"bufio"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"os"
+	"os/exec"
+	"os/signal"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// processName, as argument 0, makes a process the load.
+const processName = "berth-hostload"
+
+func init() {
+	if os.Args[0] != processName {
+		return
+	}
+	signal.Ignore(os.Interrupt) // a Ctrl-C is for whoever has started the load
+	if err := run(os.Stdin, os.Stdout); err != nil {
+		fmt.Fprintln(os.Stderr, processName+":", err)
+		os.Exit(1)
+	}
+	os.Exit(0)
+}
+
+// Load says which ports to hold.
+type Load struct {
+	Network string // "tcp4", "tcp6", "udp4" or "udp6"
+	Address string // the host address; "" is all of them
+	Ports   []int  // the ports, or those to choose from
+
+	// Hold is how many of Ports are held; 0 is all of them. Those that someone else has
+	// are passed over, unless all must be held.
+	Hold int
+	// Churn, unless 0, is how often a held port is released and another one taken.
+	Churn time.Duration
+	// Seed makes the choices. The same seed makes the same load, as far as others let it.
+	Seed uint64
+}
+
+// Report says what a load has done.
+type Report struct {
+	Held    []int // the ports held at the start
+	Churned int   // ports released, and others taken
+	Refused int   // ports that were to be taken and that someone else had
+}
+
+// DynamicPorts returns the first n ports of the dynamic range of this process's network namespace.
+func DynamicPorts(n int) ([]int, error) {
+	const file = "/proc/sys/net/ipv4/ip_local_port_range"
+	data, err := os.ReadFile(file)
+	if err != nil {
+		return nil, err
+	}
+	var first, last int
+	if _, err := fmt.Sscan(string(data), &first, &last); err != nil {
+		return nil, fmt.Errorf("%s: %w", file, err)
+	}
+	if last-first+1 < n {
+		return nil, fmt.Errorf("%s: %d ports, want %d", file, last-first+1, n)
+	}
+	ports := make([]int, n)
+	for i := range ports {
+		ports[i] = first + i
+	}
+	return ports, nil
+}
+
+// Process is a running load.
+type Process struct {
+	Ports []int // held at the start
+
+	cmd    *exec.Cmd
+	stdin  io.WriteCloser
+	stdout *json.Decoder
+	stderr *strings.Builder
+}
+
+// Start starts a load in a process of its own, and returns when that holds its ports. It
+// ends with this process, however that ends, or with [Process.Stop].
+func Start(l Load) (*Process, error) {
+	// The load lives as long as its standard input is open, and nobody but us has the other
+	// end. (A parent-death signal would come when the thread that started it ends.)
+	p := &Process{stderr: new(strings.Builder)}
+	p.cmd = &exec.Cmd{Path: "/proc/self/exe", Args: []string{processName}, Stderr: p.stderr}
+	var err error
+	if p.stdin, err = p.cmd.StdinPipe(); err != nil {
+		return nil, err
+	}
+	stdout, err := p.cmd.StdoutPipe()
+	if err != nil {
+		return nil, err
+	}
+	p.stdout = json.NewDecoder(stdout)
+	if err := p.cmd.Start(); err != nil {
+		return nil, fmt.Errorf("start the host load: %w", err)
+	}
+	var ready Report
+	if err := json.NewEncoder(p.stdin).Encode(l); err != nil {
+		return nil, p.failed(err)
+	}
+	if err := p.stdout.Decode(&ready); err != nil {
+		return nil, p.failed(err)
+	}
+	p.Ports = ready.Held
+	return p, nil
+}
+
+// Stop ends the load; its ports are free when Stop returns.
+func (p *Process) Stop() (Report, error) {
+	var r Report
+	if err := p.stdin.Close(); err != nil {
+		return r, p.failed(err)
+	}
+	if err := p.stdout.Decode(&r); err != nil {
+		return r, p.failed(err)
+	}
+	return r, p.cmd.Wait()
+}
+
+func (p *Process) failed(err error) error {
+	p.stdin.Close()
+	if waitErr := p.cmd.Wait(); waitErr != nil {
+		err = waitErr
+	}
+	return fmt.Errorf("host load: %w: %s", err, strings.TrimSpace(p.stderr.String()))
+}
+
+// run is the load itself: it reads a Load, writes a Report when it holds the ports, and
+// another one when its input ends.
+func run(in io.Reader, out io.Writer) error {
+	input := bufio.NewReader(in)
+	line, err := input.ReadBytes('\n')
+	if err != nil {
+		return err
+	}
+	var l Load
+	if err := json.Unmarshal(line, &l); err != nil {
+		return err
+	}
+	h := holder{load: l, random: rand.New(rand.NewPCG(l.Seed, 0))}
+	if err := h.takeAll(); err != nil {
+		return err
+	}
+	report := json.NewEncoder(out)
+	if err := report.Encode(h.report); err != nil {
+		return err
+	}
+	ended := make(chan struct{})
+	go func() {
+		io.Copy(io.Discard, input)
+		close(ended)
+	}()
+	var tick <-chan time.Time
+	if l.Churn > 0 {
+		tick = time.NewTicker(l.Churn).C
+	}
+	for {
+		select {
+		case <-ended:
+			return report.Encode(h.report)
+		case <-tick:
+			h.churn()
+		}
+	}
+}
+
+type holder struct {
+	load   Load
+	random *rand.Rand
+	held   []held
+	free   []int
+	report Report
+}
+
+type held struct {
+	port   int
+	socket io.Closer
+}
+
+// takeAll takes the first ports.
+func (h *holder) takeAll() error {
+	l := h.load
+	want := l.Hold
+	if want == 0 {
+		want = len(l.Ports)
+	}
+	h.free = make([]int, len(l.Ports))
+	for i, j := range h.random.Perm(len(l.Ports)) {
+		h.free[i] = l.Ports[j]
+	}
+	var taken []int // by others
+	var lastErr error
+	for len(h.held) < want && len(h.free) > 0 {
+		port := h.free[0]
+		h.free = h.free[1:]
+		socket, err := listen(l.Network, l.Address, port)
+		if err != nil {
+			taken = append(taken, port)
+			lastErr = err
+			continue
+		}
+		h.held = append(h.held, held{port, socket})
+		h.report.Held = append(h.report.Held, port)
+	}
+	h.report.Refused = len(taken)
+	h.free = append(h.free, taken...)
+	if len(h.held) < want {
+		if lastErr == nil {
+			lastErr = errors.New("there are no more to choose from")
+		}
+		return fmt.Errorf("%d of %d ports held: %w", len(h.held), want, lastErr)
+	}
+	return nil
+}
+
+// churn releases a port and takes another one.
+func (h *holder) churn() {
+	if len(h.free) == 0 {
+		return
+	}
+	i := h.random.IntN(len(h.held))
+	old := h.held[i]
+	old.socket.Close()
+	for range h.free {
+		j := h.random.IntN(len(h.free))
+		socket, err := listen(h.load.Network, h.load.Address, h.free[j])
+		if err != nil {
+			h.report.Refused++
+			continue
+		}
+		h.held[i] = held{h.free[j], socket}
+		h.free[j] = old.port
+		h.report.Churned++
+		return
+	}
+	// Everything else is taken: hold one less.
+	h.held = append(h.held[:i], h.held[i+1:]...)
+	h.free = append(h.free, old.port)
+}
+
+func listen(network, address string, port int) (io.Closer, error) {
+	a := net.JoinHostPort(address, strconv.Itoa(port))
+	if strings.HasPrefix(network, "udp") {
+		return net.ListenPacket(network, a)
+	}
+	return net.Listen(network, a)
+}

@@ -1,0 +1,240 @@
+// Package stacktest gives a test a real stack in two lines:
+//
+//	func TestMain(m *testing.M) { stacktest.Main(m) }
+//	d := stacktest.Start(t, "dockerd", stack.Options{})
+//
+// It needs build/bin, and what hack/deps.sh installs.
+package stacktest
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"gotest.tools/v3/assert"
+	"gotest.tools/v3/poll"
+
+	"berth/hack/tree"
+	"berth/integration/image"
+	"berth/integration/stack"
+)
+
+// Addresses are the host's addresses other than loopback, for tests run by root: Main makes them.
+var Addresses = [2]string{"10.0.0.1", "10.0.0.2"}
+
+const inNamespace = "BERTH_TEST_NETNS"
+
+// Main runs the tests. Root's run in a network namespace that is made for them, with
+// [Addresses]: every port is free there, and the machine's own are not touched. Another
+// user's run in the namespace where the user is, since making one would cost the sub-ids
+// that RootlessKit needs.
+func Main(m *testing.M) {
+	if os.Getuid() == 0 && os.Getenv(inNamespace) == "" {
+		os.Exit(runInNamespace())
+	}
+	var stop func()
+	interrupted, stop = signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	context.AfterFunc(interrupted, downAndExit)
+	if os.Getuid() == 0 {
+		addAddresses()
+	}
+	os.Exit(m.Run())
+}
+
+// interrupted ends the start of a stack; what is up then is taken down by downAndExit.
+var interrupted context.Context
+
+func downAndExit() {
+	s, err := place()
+	for deadline := time.Now().Add(10 * time.Second); err == nil && time.Now().Before(deadline); {
+		// The test may be at work there itself, for a moment.
+		if s.Down(interrupted) == nil {
+			break
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+	os.Exit(1)
+}
+
+func addAddresses() {
+	commands := [][]string{{"link", "set", "lo", "up"}}
+	for _, a := range Addresses {
+		commands = append(commands, []string{"address", "add", a + "/32", "dev", "lo"})
+	}
+	for _, c := range commands {
+		if out, err := exec.Command("ip", c...).CombinedOutput(); err != nil {
+			fmt.Fprintf(os.Stderr, "ip %s: %v: %s", strings.Join(c, " "), err, out)
+			os.Exit(1)
+		}
+	}
+}
+
+// runInNamespace runs this program again, in a network namespace of its own.
+func runInNamespace() int {
+	// The death signal comes when the thread that started the process ends.
+	runtime.LockOSThread()
+	cmd := &exec.Cmd{Path: "/proc/self/exe", Args: os.Args}
+	cmd.Env = append(os.Environ(), inNamespace+"=1")
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET, Pdeathsig: syscall.SIGTERM}
+	// Ctrl-C reaches the process, too, and is answered there.
+	signal.Ignore(os.Interrupt)
+	err := cmd.Run()
+	if exit, ok := errors.AsType[*exec.ExitError](err); ok && exit.ExitCode() > 0 {
+		return exit.ExitCode()
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "run the tests in a network namespace:", err)
+		return 1
+	}
+	return 0
+}
+
+// Daemon is the daemon of a running stack that has the test image.
+type Daemon struct {
+	*stack.Stack
+	docker string
+}
+
+// Start starts a stack for the test with the daemon of that name from build/bin, or o.Bin,
+// and imports the test image into it. The stack ends with the test, which fails if it leaves
+// anything. Its log is kept in build/log when the test fails.
+func Start(t *testing.T, dockerd string, o stack.Options) *Daemon {
+	t.Helper()
+	root, err := tree.Root()
+	assert.NilError(t, err)
+	s := At(t)
+	if o.Bin == "" {
+		o.Bin = filepath.Join(root, "build", "bin")
+	}
+	o.Dockerd = filepath.Join(o.Bin, dockerd)
+	o.Log = filepath.Join(root, "build", "log", "test", strings.ReplaceAll(t.Name(), "/", "-")+".log")
+	t.Cleanup(func() {
+		if !t.Failed() {
+			assert.NilError(t, os.Remove(o.Log))
+			return
+		}
+		t.Logf("the stack's log: %s", o.Log)
+	})
+	assert.NilError(t, s.Up(interrupted, o))
+	d := &Daemon{Stack: s, docker: filepath.Join(o.Bin, "docker")}
+	assert.NilError(t, image.Import(t.Context(), root, d.docker, s.Host()))
+	return d
+}
+
+// At returns the test's place for a stack, with nothing there: what a killed test has left
+// is removed first. What is there when the test ends is removed, too. The tests of a
+// package share a place; packages are tested side by side.
+func At(t *testing.T) *stack.Stack {
+	t.Helper()
+	s, err := place()
+	assert.NilError(t, err)
+	assert.NilError(t, s.Down(t.Context()))
+	t.Cleanup(func() { assert.NilError(t, s.Down(context.Background())) })
+	return s
+}
+
+func place() (*stack.Stack, error) {
+	return stack.At("test-" + strings.TrimSuffix(filepath.Base(os.Args[0]), ".test"))
+}
+
+// Docker runs the docker CLI and returns its output; the error has what it said.
+func (d *Daemon) Docker(args ...string) (string, error) {
+	cmd := exec.Command(d.docker, args...)
+	cmd.Env = append(os.Environ(), "DOCKER_HOST="+d.Host())
+	var stderr strings.Builder
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		err = fmt.Errorf("docker %s: %w: %s", strings.Join(args, " "), err, strings.TrimSpace(stderr.String()))
+	}
+	return strings.TrimSpace(string(out)), err
+}
+
+// Run runs the test image with each of the ports published, until the end of the test, and
+// returns the container's id.
+func (d *Daemon) Run(t *testing.T, publish ...string) (id string, _ error) {
+	t.Helper()
+	args := []string{"run", "-d", "--label", "test=" + t.Name()}
+	for _, p := range publish {
+		args = append(args, "-p", p)
+	}
+	t.Cleanup(func() {
+		if !d.Exists() {
+			return
+		}
+		// A container that could not be started is there, too.
+		ids, err := d.Docker("ps", "-aq", "--filter", "label=test="+t.Name())
+		assert.NilError(t, err)
+		if ids != "" {
+			_, err = d.Docker(append([]string{"rm", "-f"}, strings.Fields(ids)...)...)
+			assert.NilError(t, err)
+		}
+	})
+	return d.Docker(append(args, image.Name)...)
+}
+
+// Published returns the host addresses where the container's ports are published.
+func (d *Daemon) Published(t *testing.T, id string) []netip.AddrPort {
+	t.Helper()
+	out, err := d.Docker("port", id)
+	assert.NilError(t, err)
+	var list []netip.AddrPort
+	for line := range strings.Lines(out) {
+		_, host, _ := strings.Cut(strings.TrimSpace(line), " -> ")
+		a, err := netip.ParseAddrPort(host)
+		assert.NilError(t, err)
+		list = append(list, a)
+	}
+	return list
+}
+
+// AssertAnswers checks that a container of the test image is what answers at the address;
+// network is tcp or udp.
+func AssertAnswers(t *testing.T, network string, at netip.AddrPort, id string) {
+	t.Helper()
+	var answer string
+	poll.WaitOn(t, func(poll.LogT) poll.Result {
+		var err error
+		if answer, err = ask(network, at); err != nil || answer == "" {
+			return poll.Continue("%s %v does not answer: %v", network, at, err) // not yet listening
+		}
+		return poll.Success()
+	})
+	assert.Assert(t, strings.HasSuffix(answer, id[:12]+"\n"), "%s %v answered %q, want %s", network, at, answer, id[:12])
+}
+
+// ask returns all that comes back from the address.
+func ask(network string, at netip.AddrPort) (string, error) {
+	conn, err := net.DialTimeout(network, at.String(), time.Second)
+	if err != nil {
+		return "", err
+	}
+	defer conn.Close()
+	if err := conn.SetDeadline(time.Now().Add(time.Second)); err != nil {
+		return "", err
+	}
+	if _, err := io.WriteString(conn, "GET / HTTP/1.0\r\n\r\n"); err != nil {
+		return "", err
+	}
+	if network == "udp" {
+		buf := make([]byte, 100)
+		n, err := conn.Read(buf)
+		return string(buf[:n]), err
+	}
+	answer, err := io.ReadAll(conn)
+	return string(answer), err
+}
