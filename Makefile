@@ -32,7 +32,7 @@ check: ## gofmt, vet, staticcheck, shellcheck, and the unit tests with -race
 
 bench: build ## run the benchmarks and compare (N=10 times each; build/results/bench.txt)
 	@mkdir -p build/results
-	go test -run '^$$' -bench . -benchmem -count $(N) ./... >build/results/bench.txt || { cat build/results/bench.txt; exit 1; }
+	go test -tags integration -run '^$$' -bench . -benchmem -count $(N) ./integration/bench >build/results/bench.txt || { cat build/results/bench.txt; exit 1; }
 	go tool benchstat build/results/bench.txt
 
 clean: ## remove all that was built

@@ -117,11 +117,11 @@ func BenchmarkNoRefusal(b *testing.B) {
 }
 
 // BenchmarkRefusal is the cost of a refused port: of the bare request to a real
-// RootlessKit, and of all that a search does about it. The search passes 100
+// RootlessKit, and of all that a search does about it. The search passes 500
 // held ports; what it costs to publish the free one at last is in the figure.
 func BenchmarkRefusal(b *testing.B) {
 	_ = log.SetLevel("error") // A line for each search would be measured, too.
-	const first, held = 20000, 100
+	const first, held = 20000, 500
 	for p := first; p < first+held; p++ {
 		l, err := net.Listen("tcp", netip.AddrPortFrom(hostIP, uint16(p)).String())
 		assert.NilError(b, err)
