@@ -49,6 +49,8 @@ type fakeDriver struct {
 	taken func(port int) bool
 	// shrugs makes all refusals slirp4netns' one.
 	shrugs bool
+	// listens makes it listen for real, on the host of the view's tests.
+	listens bool
 	// noIPv6 makes it serve IPv4 only, and noSCTP neither is served.
 	noIPv6 bool
 	// answer, when set, is asked first: an error is the answer, nil leaves it to
@@ -171,10 +173,40 @@ func (f *fakeDriver) AddPort(ctx context.Context, proto string, hostIP, childIP 
 		}
 		return nil, errors.New(answerPrefix + err.Error())
 	}
+	undo := func() {}
+	if f.listens {
+		l, err := listenOnHost(f.t, m)
+		if err != nil {
+			if f.shrugs {
+				err = errors.New(slirpShrug)
+			}
+			return nil, errors.New(answerPrefix + err.Error())
+		}
+		undo = func() { l.Close() }
+	}
 	f.nextID++
 	id := f.nextID
 	f.exposed[m] = id
-	return func() error { return f.remove(m, id) }, nil
+	return func() error { undo(); return f.remove(m, id) }, nil
+}
+
+// listenOnHost opens a socket in the namespace that is the tests' host.
+func listenOnHost(t testing.TB, m mapping) (c io.Closer, err error) {
+	family := "4"
+	if m.ip.Is6() {
+		family = "6"
+	}
+	addr := netip.AddrPortFrom(m.ip, uint16(m.port)).String()
+	if !onHost(func() {
+		if m.proto == "udp" {
+			c, err = net.ListenPacket("udp"+family, addr)
+		} else {
+			c, err = net.Listen("tcp"+family, addr)
+		}
+	}) {
+		t.Error("no thread on the host")
+	}
+	return c, err
 }
 
 // refusal returns the answer for a mapping that isn't to be had, or nil.

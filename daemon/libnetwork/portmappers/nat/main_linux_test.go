@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"runtime"
 	"syscall"
 	"testing"
 
@@ -13,6 +14,9 @@ import (
 
 // inNamespace is set in the environment of a test binary that TestMain started.
 const inNamespace = "BERTH_TEST_IN_NAMESPACE"
+
+// As in dockerd, the main thread stays where it is.
+func init() { runtime.LockOSThread() }
 
 // TestMain runs the tests again in namespaces like those of a rootless daemon:
 // root in a user namespace, with a network namespace of its own. So an ordinary
@@ -24,6 +28,7 @@ func TestMain(m *testing.M) {
 			fmt.Fprintln(os.Stderr, "bringing up the loopback interface:", err)
 			os.Exit(1)
 		}
+		hostSysctls() // Keeps its two files open.
 		os.Exit(m.Run())
 	}
 	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)

@@ -33,6 +33,12 @@ func TestNothingToMap(t *testing.T) {
 	assert.Check(t, is.Len(pbs, 0))
 }
 
+func TestRequestsThatDiffer(t *testing.T) {
+	reqs := append(request(types.TCP, 8080, 8080, "0.0.0.0"), request(types.TCP, 8080, 8081, "::")...)
+	_, err := PortMapper{}.MapPorts(context.Background(), reqs)
+	assert.Check(t, is.Error(err, "port binding mismatch 80/tcp:8080-8080, 80/tcp:8080-8081"))
+}
+
 func TestBindingsAreOnHostAndInChild(t *testing.T) {
 	f := newFake(t)
 	pm := NewPortMapper(Config{RlkClient: f})

@@ -14,6 +14,7 @@ import (
 	"github.com/moby/moby/v2/daemon/libnetwork/portallocator"
 	"github.com/moby/moby/v2/daemon/libnetwork/portmapperapi"
 	"github.com/moby/moby/v2/daemon/libnetwork/types"
+	"golang.org/x/sys/unix"
 )
 
 const (
@@ -49,6 +50,7 @@ type search struct {
 	proto types.Protocol
 	start time.Time
 	limit *time.Timer // limit fires at the end of searchLimit.
+	view  *hostView   // view is nil when the host can't be seen.
 
 	// begin and last are the range to ask the allocator for; it gives out the
 	// ports of one range in order. A range of one is a port of the search's
@@ -89,6 +91,7 @@ func newSearch(ctx context.Context, reqs []portmapperapi.PortBindingReq) search 
 		proto: reqs[0].Proto,
 		start: time.Now(),
 		limit: time.NewTimer(searchLimit),
+		view:  newHostView(ctx, reqs),
 		rest:  firstRest,
 	}
 	for _, req := range reqs {
@@ -110,7 +113,7 @@ func (s *search) next() bool {
 			s.err = s.failure(tooLong, s.lastRefusal)
 		case s.choose():
 			return true
-		default:
+		case s.err == nil:
 			s.passAgain()
 		}
 	}
@@ -124,6 +127,8 @@ func (s *search) choose() bool {
 	switch {
 	case s.exhausted:
 		return false
+	case s.view != nil && !s.fixed():
+		return s.chooseFree()
 	case !s.dynamic() || s.passed < inOrder:
 		s.begin, s.last = int(s.reqs[0].HostPort), int(s.reqs[0].HostPortEnd)
 		return s.passed == 0 || s.passed <= end-first // The allocator tells of an invalid range.
@@ -143,6 +148,45 @@ func (s *search) choose() bool {
 	return true
 }
 
+// chooseFree is choose where the host can be seen: it picks a port that is free
+// there.
+func (s *search) chooseFree() bool {
+	port, passed, err := s.view.free()
+	switch {
+	case errors.Is(err, unix.EADDRNOTAVAIL):
+		s.err = s.failure("", s.view.refusal(s.view.first))
+		return false
+	case err != nil:
+		log.G(s.ctx).WithFields(log.Fields{"error": err}).Debug("Cannot look at the host's ports")
+		s.view = nil
+		return s.choose()
+	case port != 0:
+		s.passed += passed - 1
+		s.begin, s.last = port, port
+		return true
+	}
+	s.passed += passed
+	s.tried = max(s.tried, s.passed)
+	s.exhausted = true
+	if s.lastRefusal == nil {
+		s.lastRefusal = s.view.refusal(s.view.last)
+	}
+	s.mayClear = s.mayClear || s.view.taken && s.othersHold()
+	return false
+}
+
+// othersHold tells whether any port of the range isn't one of this daemon.
+func (s *search) othersHold() bool {
+	first, last := s.portRange()
+	for port := first; port <= last; port++ {
+		if _, err := portallocator.Get().RequestPortsInRange(s.addrs, s.proto.String(), port, port); err == nil {
+			portallocator.NewOSAllocator().ReleasePorts(s.addrs, s.proto, port)
+			return true
+		}
+	}
+	return false
+}
+
 // passAgain waits a little and starts another pass over the range, if that can
 // help: if another process holds a port of it, and the time for it is not over.
 func (s *search) passAgain() {
@@ -156,6 +200,9 @@ func (s *search) passAgain() {
 	}
 	s.release(func(h heldPort) bool { return h.verdict.mayClear() })
 	s.passed, s.shuffled, s.exhausted, s.mayClear = 0, nil, false, false
+	if s.view != nil {
+		s.view.restart()
+	}
 
 	jittered := s.rest/2 + rand.N(s.rest)
 	s.rest *= 2
@@ -196,6 +243,13 @@ func (s *search) refusedOnHost(port int, err error) {
 		return
 	}
 	v := driverVerdict(err)
+	if r := (*hostRefusal)(nil); v == maybe && s.view != nil && errors.As(err, &r) {
+		// The kernel knows what the port driver doesn't say.
+		if seen := s.view.look(r.hostIP, port); seen != nil {
+			err = fmt.Errorf("%w: %w", err, seen)
+			v = driverVerdict(err)
+		}
+	}
 	s.held = append(s.held, heldPort{port, v})
 	s.refused(v, err)
 }
@@ -224,6 +278,9 @@ func (s *search) refused(v verdict, err error) {
 
 // published takes note of success.
 func (s *search) published(port int) {
+	if s.view != nil && s.dynamic() {
+		hostCursor.Store(int32(port))
+	}
 	if s.attempts == 0 {
 		return
 	}
@@ -267,7 +324,10 @@ func (s *search) dynamic() bool {
 // portRange returns the first and the last host port that will do.
 func (s *search) portRange() (first, last int) {
 	f, l := s.reqs[0].HostPort, s.reqs[0].HostPortEnd
-	if s.dynamic() {
+	switch {
+	case s.view != nil:
+		return s.view.first, s.view.last
+	case s.dynamic():
 		f, l = portallocator.GetPortRange()
 	}
 	return int(f), int(l)

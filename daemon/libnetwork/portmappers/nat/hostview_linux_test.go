@@ -1,0 +1,252 @@
+package nat
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/moby/moby/v2/daemon/libnetwork/portallocator"
+	"github.com/moby/moby/v2/daemon/libnetwork/types"
+	"golang.org/x/sys/unix"
+	"gotest.tools/v3/assert"
+	is "gotest.tools/v3/assert/cmp"
+)
+
+// inChild moves the test to a network namespace of its own, as dockerd does
+// before it calls MapPorts. The rest of the process stays on the host.
+func inChild(t testing.TB) {
+	runtime.LockOSThread()
+	assert.NilError(t, unix.Unshare(unix.CLONE_NEWNET))
+	assert.NilError(t, bringUpLoopback())
+	stateDir := t.TempDir()
+	assert.NilError(t, os.Symlink(fmt.Sprintf("/proc/%d/task/%d/ns/net", os.Getpid(), unix.Gettid()), filepath.Join(stateDir, "netns")))
+	t.Setenv("ROOTLESSKIT_STATE_DIR", stateDir)
+	t.Cleanup(func() {
+		fd, err := unix.Open("/proc/self/ns/net", unix.O_RDONLY|unix.O_CLOEXEC, 0) // The main thread's.
+		assert.NilError(t, err)
+		defer unix.Close(fd)
+		assert.NilError(t, unix.Setns(fd, unix.CLONE_NEWNET))
+		runtime.UnlockOSThread()
+	})
+}
+
+// newHostFake is newFake with a port driver that listens on the host.
+func newHostFake(t testing.TB) *fakeDriver {
+	f := newFake(t)
+	f.listens = true
+	hostCursor.Store(0)
+	return f
+}
+
+// occupy makes another process hold the host's ports from first to last.
+func occupy(t testing.TB, proto, ip string, first, last int) {
+	for port := first; port <= last; port++ {
+		l, err := listenOnHost(t, mapping{proto, netip.MustParseAddr(ip), port})
+		assert.NilError(t, err)
+		t.Cleanup(func() { l.Close() })
+	}
+}
+
+// setSysctl sets a sysctl of the namespace that is the tests' host.
+func setSysctl(t testing.TB, name, value string) {
+	file := "/proc/sys/net/ipv4/" + name
+	set := func(value []byte) {
+		onHost(func() { assert.NilError(t, os.WriteFile(file, value, 0)) })
+	}
+	var before []byte
+	onHost(func() {
+		var err error
+		before, err = os.ReadFile(file)
+		assert.NilError(t, err)
+	})
+	set([]byte(value))
+	t.Cleanup(func() { set(before) })
+}
+
+func TestTakenHostPortsAreNotAskedFor(t *testing.T) {
+	for _, proto := range []types.Protocol{types.TCP, types.UDP} {
+		t.Run(proto.String(), func(t *testing.T) {
+			f := newHostFake(t)
+			inChild(t)
+			occupy(t, proto.String(), "0.0.0.0", 32768, 32867)
+			// Free for IPv4, and for IPv6 only every other one.
+			for port := 32868; port <= 32900; port += 2 {
+				occupy(t, proto.String(), "::", port, port)
+			}
+			assert.Check(t, is.Equal(published(t, f, request(proto, 0, 0, "0.0.0.0", "::")), 32869))
+			assert.Check(t, is.Equal(f.calls, 2))
+			assert.Check(t, is.Equal(published(t, f, request(proto, 0, 0, "127.0.0.1")), 32870), "the search goes on from the last one")
+			assert.Check(t, is.Equal(f.calls, 3))
+		})
+	}
+}
+
+func TestUsersRangeIsLookedAtToo(t *testing.T) {
+	f := newHostFake(t)
+	inChild(t)
+	occupy(t, "tcp", "127.0.0.1", 8000, 8039)
+	assert.Check(t, is.Equal(published(t, f, request(types.TCP, 8000, 8040, "0.0.0.0")), 8040))
+	assert.Check(t, is.Equal(f.calls, 1))
+}
+
+func TestRangeAllTakenOnTheHost(t *testing.T) {
+	f := newHostFake(t)
+	occupy(t, "tcp", "0.0.0.0", 8000, 8040)
+	synctest.Test(t, func(t *testing.T) {
+		inChild(t)
+		start := time.Now()
+		err := refused(t, f, context.Background(), request(types.TCP, 8000, 8040, "0.0.0.0"))
+		for _, want := range []string{"8000-8040", "41 tried", "host port 0.0.0.0:8040/tcp: listen tcp4 0.0.0.0:8040: bind: address already in use"} {
+			assert.Check(t, is.ErrorContains(err, want))
+		}
+		assert.Check(t, is.Equal(time.Since(start), restLimit), "another process may let go of one")
+	})
+	assert.Check(t, is.Equal(f.calls, 0))
+}
+
+func TestOwnPortsOfARangeAreNotWaitedForWithAView(t *testing.T) {
+	f := newHostFake(t)
+	synctest.Test(t, func(t *testing.T) {
+		inChild(t)
+		start := time.Now()
+		published(t, f, request(types.TCP, 8000, 8001, "0.0.0.0"))
+		published(t, f, request(types.TCP, 8000, 8001, "0.0.0.0"))
+		err := refused(t, f, context.Background(), request(types.TCP, 8000, 8001, "0.0.0.0"))
+		assert.Check(t, is.ErrorContains(err, "address already in use"))
+		assert.Check(t, is.Equal(time.Since(start), time.Duration(0)))
+	})
+}
+
+func TestHostsDynamicRangeCounts(t *testing.T) {
+	f := newHostFake(t)
+	inChild(t)
+	setSysctl(t, "ip_local_port_range", "40000 40005")
+	setSysctl(t, "ip_local_reserved_ports", "40000,40002-40003")
+	var got []int
+	for range 3 {
+		got = append(got, published(t, f, request(types.TCP, 0, 0, "0.0.0.0")))
+	}
+	assert.Check(t, is.DeepEqual(got, []int{40001, 40004, 40005}))
+	// The user's own word counts more, and a change counts at once.
+	assert.Check(t, is.Equal(published(t, f, request(types.TCP, 40002, 40002, "0.0.0.0")), 40002))
+	setSysctl(t, "ip_local_port_range", "41000 41005")
+	assert.Check(t, is.Equal(published(t, f, request(types.TCP, 0, 0, "0.0.0.0")), 41000))
+
+	setSysctl(t, "ip_local_reserved_ports", "41000-41005")
+	err := refused(t, f, context.Background(), request(types.TCP, 0, 0, "127.0.0.1"))
+	assert.Check(t, is.ErrorContains(err, "dynamic host port (41000-41005)"))
+	assert.Check(t, is.ErrorContains(err, "is reserved"))
+}
+
+func TestPrivilegedHostPortsArePassed(t *testing.T) {
+	inChild(t)
+	withoutCapability(t, unix.CAP_NET_BIND_SERVICE)
+	v := newHostView(context.Background(), request(types.TCP, 1000, 1100, "0.0.0.0"))
+	assert.Assert(t, v != nil)
+	// On this thread: those on the host have the capability that a rootless
+	// daemon has not got there.
+	port, err := v.find()
+	assert.NilError(t, err)
+	assert.Check(t, is.Equal(port, 1024))
+	assert.Check(t, !v.taken)
+}
+
+func TestWhatASlirpShrugMeans(t *testing.T) {
+	f := newHostFake(t)
+	f.shrugs = true
+	inChild(t)
+	f.taken = func(port int) bool { return true }
+	occupy(t, "tcp", "0.0.0.0", 8080, 8080)
+	for _, tc := range []struct {
+		ip   string
+		port int
+		want string
+	}{
+		{"0.0.0.0", 8080, slirpShrug + ": listen tcp4 0.0.0.0:8080: bind: address already in use"},
+		{"192.0.2.1", 8080, slirpShrug + ": listen tcp4 192.0.2.1:8080: bind: cannot assign requested address"},
+		{"0.0.0.0", 8081, slirpShrug},
+	} {
+		err := refused(t, f, context.Background(), request(types.TCP, tc.port, tc.port, tc.ip))
+		assert.Check(t, is.ErrorContains(err, tc.want))
+	}
+	assert.Check(t, is.Equal(f.calls, 3))
+
+	// In a search, an address that the host doesn't have ends it at once.
+	err := refused(t, f, context.Background(), request(types.TCP, 0, 0, "192.0.2.1"))
+	assert.Check(t, is.ErrorIs(err, unix.EADDRNOTAVAIL))
+	assert.Check(t, is.Equal(f.calls, 3))
+}
+
+func TestNoViewNoChange(t *testing.T) {
+	first, _ := portallocator.GetPortRange()
+	t.Run("the caller is not in the child", func(t *testing.T) {
+		f := newFake(t)
+		inChild(t)
+		fd, err := unix.Open("/proc/self/ns/net", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		assert.NilError(t, err)
+		defer unix.Close(fd)
+		assert.NilError(t, unix.Setns(fd, unix.CLONE_NEWNET))
+		assert.Check(t, newHostView(context.Background(), request(types.TCP, 0, 0, "0.0.0.0")) == nil)
+		published(t, f, request(types.TCP, 0, 0, "0.0.0.0"))
+	})
+	t.Run("no detached namespace", func(t *testing.T) {
+		inChild(t)
+		t.Setenv("ROOTLESSKIT_STATE_DIR", t.TempDir())
+		assert.Check(t, newHostView(context.Background(), request(types.TCP, 0, 0, "0.0.0.0")) == nil)
+	})
+	t.Run("SCTP", func(t *testing.T) {
+		inChild(t)
+		assert.Check(t, newHostView(context.Background(), request(types.SCTP, 0, 0, "0.0.0.0")) == nil)
+	})
+	t.Run("an invalid range", func(t *testing.T) {
+		f := newHostFake(t)
+		inChild(t)
+		err := refused(t, f, context.Background(), request(types.TCP, 9000, 8000, "0.0.0.0"))
+		assert.Check(t, is.ErrorContains(err, "invalid port range"))
+	})
+	t.Run("no thread on the host", func(t *testing.T) {
+		f := newHostFake(t)
+		inChild(t)
+		f.listens = false
+		f.holdRange(int(first), int(first)+20)
+		before := hostNetNS
+		hostNetNS = netNS{1, 1}
+		defer func() { hostNetNS = before }()
+		published(t, f, request(types.TCP, 0, 0, "0.0.0.0"))
+		assert.Check(t, f.calls > inOrder)
+	})
+}
+
+func TestSysctlsThatCannotBeUnderstood(t *testing.T) {
+	for _, text := range []string{"", "1", "a b", "5 4", "0 100", "100 70000", "1 2 3"} {
+		_, _, err := parsePortRange(text)
+		assert.Check(t, is.ErrorContains(err, "ip_local_port_range"), text)
+	}
+	for _, text := range []string{"a", "1-b", "-", "1-2-3"} {
+		_, err := parsePortIntervals(text)
+		assert.Check(t, is.ErrorContains(err, "ip_local_reserved_ports"), text)
+	}
+	list, err := parsePortIntervals("8080,9000-9010")
+	assert.Check(t, err)
+	assert.Check(t, slices.Equal(list, []portInterval{{8080, 8080}, {9000, 9010}}))
+
+	empty, err := os.Open(os.DevNull)
+	assert.NilError(t, err)
+	defer empty.Close()
+	ctx, hook := logged()
+	logSysctls = sync.Once{}
+	for range 2 {
+		first, last, reserved := sysctls{empty, empty}.dynamicPorts(ctx)
+		f, l := portallocator.GetPortRange()
+		assert.Check(t, first == int(f) && last == int(l) && reserved == nil)
+	}
+	assert.Check(t, is.Len(hook.AllEntries(), 1))
+}
