@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -249,4 +250,20 @@ func TestSysctlsThatCannotBeUnderstood(t *testing.T) {
 		assert.Check(t, first == int(f) && last == int(l) && reserved == nil)
 	}
 	assert.Check(t, is.Len(hook.AllEntries(), 1))
+}
+
+func TestBusyFixedPortSaysWhoHasIt(t *testing.T) {
+	comm, err := os.ReadFile("/proc/self/comm")
+	assert.NilError(t, err)
+	for _, proto := range []types.Protocol{types.TCP, types.UDP} {
+		t.Run(proto.String(), func(t *testing.T) {
+			f := newHostFake(t)
+			inChild(t)
+			occupy(t, proto.String(), "127.0.0.1", 8080, 8080)
+			err := refused(t, f, context.Background(), request(proto, 8080, 8080, "0.0.0.0"))
+			assert.Check(t, is.ErrorContains(err, fmt.Sprintf(`; process %q (pid %d) has it; stop what holds it`, strings.TrimSpace(string(comm)), os.Getpid())))
+		})
+	}
+	assert.Check(t, is.Equal(processWithSocket(0, time.Now().Add(time.Minute)), "another process of this user"))
+	assert.Check(t, is.Equal(findHolder(types.TCP, netip.IPv4Unspecified(), 1, time.Now()), ""))
 }

@@ -163,7 +163,7 @@ func TestProtocolThatThePortDriverDoesNotServe(t *testing.T) {
 	t.Run("on no address", func(t *testing.T) {
 		f := newFake(t)
 		err := refused(t, f, context.Background(), request(types.SCTP, 0, 0, "0.0.0.0", "::", "::1"))
-		assert.Check(t, is.ErrorContains(err, "on host address 0.0.0.0, ::, ::1: RootlessKit's port driver does not support sctp4 and sctp6"))
+		assert.Check(t, is.ErrorContains(err, "on host address 0.0.0.0, [::], [::1]: RootlessKit's port driver does not support sctp4 and sctp6"))
 		assert.Check(t, is.Equal(f.calls, 0))
 	})
 	t.Run("on some", func(t *testing.T) {

@@ -346,8 +346,14 @@ func (s *search) failure(how string, cause error) error {
 	if how != "" {
 		how += ": "
 	}
-	return fmt.Errorf("cannot publish container port %d/%s on %s of %s: %s%w%s",
-		s.reqs[0].Port, s.proto, ports, hostAddrs(s.reqs), how, cause, advice(cause, first, s.proto))
+	who := ""
+	if r := (*hostRefusal)(nil); s.fixed() && s.view != nil && errors.As(cause, &r) && driverVerdict(cause) == taken {
+		if who = s.view.holder(r.hostIP, r.port); who != "" {
+			who = "; " + who + " has it"
+		}
+	}
+	return fmt.Errorf("cannot publish container port %d/%s on %s of %s: %s%w%s%s",
+		s.reqs[0].Port, s.proto, ports, hostAddrs(s.reqs), how, cause, who, advice(cause, first, s.proto))
 }
 
 // hostAddrs lists the host addresses of reqs.
@@ -355,6 +361,9 @@ func hostAddrs(reqs []portmapperapi.PortBindingReq) string {
 	var addrs []string
 	for _, req := range reqs {
 		addr := addrOf(req.HostIP).String()
+		if addrOf(req.HostIP).Is6() {
+			addr = "[" + addr + "]"
+		}
 		if !slices.Contains(addrs, addr) {
 			addrs = append(addrs, addr)
 		}

@@ -359,7 +359,7 @@ func TestPortDriverThatDoesNotAnswer(t *testing.T) {
 				f.mu.Lock()
 				port := f.asked[0]
 				f.mu.Unlock()
-				assert.Check(t, is.ErrorContains(err, fmt.Sprintf("host port %d/tcp on 0.0.0.0, ::", port)))
+				assert.Check(t, is.ErrorContains(err, fmt.Sprintf("host port %d/tcp on 0.0.0.0, [::]", port)))
 				assert.Check(t, is.ErrorContains(err, "see whether RootlessKit is running"))
 
 				// Until then, the port is nobody's. The child's is closed.

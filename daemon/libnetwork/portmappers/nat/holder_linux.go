@@ -1,0 +1,93 @@
+package nat
+
+import (
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/moby/moby/v2/daemon/libnetwork/types"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// holderLimit is how long it may take to find out who holds a port.
+const holderLimit = 50 * time.Millisecond
+
+// overflowUID is what the kernel makes of a user id that a user namespace does
+// not have (user_namespaces(7)).
+const overflowUID = 65534
+
+// holder tells who holds port on addr, on the host: "" if that can't be seen,
+// or takes too long. It may take time that a search has not got, so it is for
+// the error of one that ends.
+func (v *hostView) holder(addr netip.Addr, port int) string {
+	who := make(chan string, 1)
+	end := time.Now().Add(holderLimit)
+	go onHost(func() { who <- findHolder(v.proto, addr, port, end) })
+	select {
+	case w := <-who:
+		return w
+	case <-time.After(holderLimit):
+		return ""
+	}
+}
+
+// findHolder is holder, on the host.
+func findHolder(proto types.Protocol, addr netip.Addr, port int, end time.Time) string {
+	list := netlink.SocketDiagTCP
+	if proto == types.UDP {
+		list = netlink.SocketDiagUDP
+	}
+	var found *netlink.Socket
+	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
+		socks, err := list(family)
+		if err != nil {
+			continue
+		}
+		for _, s := range socks {
+			at := addrOf(s.ID.Source)
+			if int(s.ID.SourcePort) != port || s.INode == 0 || at != addr && !at.IsUnspecified() && !addr.IsUnspecified() {
+				continue
+			}
+			// One that listens is in the way more than a connection.
+			if found == nil || s.State == netlink.TCP_LISTEN {
+				found = s
+			}
+		}
+	}
+	switch {
+	case found == nil:
+		return ""
+	case found.UID == overflowUID:
+		return "another user's process"
+	case found.UID != uint32(os.Getuid()):
+		return fmt.Sprintf("a container's process (of user %d in this daemon's user namespace)", found.UID)
+	}
+	return processWithSocket(found.INode, end)
+}
+
+// processWithSocket names the process that has the socket open, as far as
+// /proc shows it.
+func processWithSocket(inode uint32, end time.Time) string {
+	socket := fmt.Sprintf("socket:[%d]", inode)
+	dirs, _ := filepath.Glob("/proc/[0-9]*")
+	for _, dir := range dirs {
+		if time.Now().After(end) {
+			break
+		}
+		fds, err := os.ReadDir(dir + "/fd")
+		if err != nil {
+			continue // Another user's.
+		}
+		for _, fd := range fds {
+			if to, err := os.Readlink(dir + "/fd/" + fd.Name()); err == nil && to == socket {
+				comm, _ := os.ReadFile(dir + "/comm")
+				return fmt.Sprintf("process %q (pid %s)", strings.TrimSpace(string(comm)), filepath.Base(dir))
+			}
+		}
+	}
+	return "another process of this user"
+}
