@@ -48,6 +48,8 @@ func netNSAt(path string) netNS {
 type hostView struct {
 	proto types.Protocol
 	addrs []netip.Addr
+	// implicit is set when no port driver is asked: pasta is to find the port free.
+	implicit bool
 
 	// What is looked at: the ports first to last without those reserved, from
 	// the one at index start on, and around. The next look is at index next.
@@ -89,6 +91,22 @@ func newHostView(ctx context.Context, reqs []portmapperapi.PortBindingReq) *host
 		return nil // The allocator tells of an invalid range.
 	}
 	return v
+}
+
+// lookForPasta makes the view look at what pasta will bind.
+func (v *hostView) lookForPasta() {
+	v.implicit = true
+	v.addrs = []netip.Addr{netip.IPv4Unspecified()}
+	if fd, err := v.socket(netip.IPv6Unspecified()); err == nil { // The kernel has IPv6.
+		unix.Close(fd)
+		v.addrs = append(v.addrs, netip.IPv6Unspecified())
+	}
+}
+
+// leads tells whether the view chooses the port, or what was asked for is
+// asked of the port driver.
+func (v *hostView) leads(fixed bool) bool {
+	return !fixed || v.implicit && !ownPorts.has(v.first)
 }
 
 // count returns the number of ports from first to last.

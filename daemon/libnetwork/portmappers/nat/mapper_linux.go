@@ -91,7 +91,15 @@ func (pm PortMapper) MapPorts(ctx context.Context, cfg []portmapperapi.PortBindi
 	if err != nil {
 		return nil, err
 	}
-	if !pm.hasPortDriver() {
+	view := newHostView(ctx, reqs)
+	switch {
+	case pm.hasPortDriver():
+		if err := checkOverlap(reqs); err != nil {
+			return nil, err
+		}
+	case view != nil && portDriverIsImplicit():
+		view.lookForPasta()
+	default:
 		// Nobody can refuse what was bound here: there is nothing to search.
 		a := attempt{pdc: pm.pdc, reqs: reqs, addrs: childAddrs(reqs)}
 		if err := a.allocate(int(first.HostPort), int(first.HostPortEnd)); err != nil {
@@ -105,10 +113,7 @@ func (pm PortMapper) MapPorts(ctx context.Context, cfg []portmapperapi.PortBindi
 		return a.bindings, nil
 	}
 
-	if err := checkOverlap(reqs); err != nil {
-		return nil, err
-	}
-	s := newSearch(ctx, reqs)
+	s := newSearch(ctx, reqs, view)
 	defer s.end()
 	for s.next() {
 		a := attempt{pdc: pm.pdc, reqs: reqs, addrs: s.addrs}
@@ -120,7 +125,7 @@ func (pm PortMapper) MapPorts(ctx context.Context, cfg []portmapperapi.PortBindi
 			s.refusedOnHost(a.port, err)
 			continue
 		}
-		s.published(a.port)
+		s.published(a)
 		return a.bindings, nil
 	}
 	return nil, s.err
@@ -142,6 +147,7 @@ func (pm PortMapper) UnmapPorts(ctx context.Context, pbs []portmapperapi.PortBin
 		}
 	}
 	for _, pb := range pbs {
+		ownPorts.remove(int(pb.HostPort))
 		// Without NAT, it's another binding's child port that is shared.
 		if pb.NAT.IsValid() {
 			portallocator.Get().ReleasePort(pb.ChildHostIP, pb.Proto.String(), int(pb.HostPort))

@@ -83,7 +83,8 @@ type heldPort struct {
 
 // newSearch starts a search for a port that serves all of reqs, which differ
 // only in their addresses.
-func newSearch(ctx context.Context, reqs []portmapperapi.PortBindingReq) search {
+// view is nil if the host can't be seen.
+func newSearch(ctx context.Context, reqs []portmapperapi.PortBindingReq, view *hostView) search {
 	s := search{
 		ctx:   ctx,
 		reqs:  reqs,
@@ -91,7 +92,7 @@ func newSearch(ctx context.Context, reqs []portmapperapi.PortBindingReq) search 
 		proto: reqs[0].Proto,
 		start: time.Now(),
 		limit: time.NewTimer(searchLimit),
-		view:  newHostView(ctx, reqs),
+		view:  view,
 		rest:  firstRest,
 	}
 	for _, req := range reqs {
@@ -127,7 +128,7 @@ func (s *search) choose() bool {
 	switch {
 	case s.exhausted:
 		return false
-	case s.view != nil && !s.fixed():
+	case s.view != nil && s.view.leads(s.fixed()):
 		return s.chooseFree()
 	case !s.dynamic() || s.passed < inOrder:
 		s.begin, s.last = int(s.reqs[0].HostPort), int(s.reqs[0].HostPortEnd)
@@ -164,6 +165,10 @@ func (s *search) chooseFree() bool {
 		s.passed += passed - 1
 		s.begin, s.last = port, port
 		return true
+	}
+	if s.fixed() {
+		s.err = s.failure("", s.view.refusal(s.view.first))
+		return false
 	}
 	s.passed += passed
 	s.tried = max(s.tried, s.passed)
@@ -277,15 +282,18 @@ func (s *search) refused(v verdict, err error) {
 }
 
 // published takes note of success.
-func (s *search) published(port int) {
+func (s *search) published(a attempt) {
 	if s.view != nil && s.dynamic() {
-		hostCursor.Store(int32(port))
+		hostCursor.Store(int32(a.port))
+	}
+	if s.view != nil && s.view.implicit {
+		ownPorts.add(a.port, len(a.bindings))
 	}
 	if s.attempts == 0 {
 		return
 	}
 	log.G(s.ctx).WithFields(log.Fields{
-		"port":        port,
+		"port":        a.port,
 		"proto":       s.proto,
 		"hostAddrs":   hostAddrs(s.reqs),
 		"attempts":    s.attempts + 1,

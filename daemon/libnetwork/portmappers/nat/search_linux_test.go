@@ -201,7 +201,7 @@ func TestFixedPrivilegedPort(t *testing.T) {
 		"slirp4netns":      slirpShrug,
 	} {
 		t.Run(name, func(t *testing.T) {
-			s := newSearch(context.Background(), request(types.TCP, 80, 80, "0.0.0.0"))
+			s := newSearch(context.Background(), request(types.TCP, 80, 80, "0.0.0.0"), nil)
 			defer s.end()
 			assert.Check(t, s.next())
 			s.refusedOnHost(80, &hostRefusal{hostIP: addrOf(net.IPv4zero), port: 80, proto: types.TCP, err: errors.New(answerPrefix + text)})
