@@ -7,6 +7,9 @@ import (
 	"slices"
 	"sync"
 	"time"
+
+	"github.com/moby/moby/v2/daemon/libnetwork/types"
+	"golang.org/x/sys/unix"
 )
 
 // With RootlessKit's port driver "implicit", nobody is asked for a host port:
@@ -14,6 +17,9 @@ import (
 // addresses what is bound there. If it can't, since another process has the
 // port, it says so to nobody: the container's traffic goes to a stranger. So,
 // where the host can be seen, such a port is looked at first.
+
+// pastaDelay is how long pasta may take to bind a port: up to 0.7 s were seen.
+const pastaDelay = 2 * time.Second
 
 // pastaLag is how long pasta may keep a port after the child has let go of it:
 // up to 0.8 s were seen.
@@ -31,6 +37,29 @@ func isImplicit(cmdline []byte) bool {
 	args := bytes.Split(cmdline, []byte{0})
 	return slices.ContainsFunc(args, func(arg []byte) bool { return string(arg) == "--port-driver=implicit" }) ||
 		bytes.Contains(cmdline, []byte("\x00--port-driver\x00implicit\x00"))
+}
+
+// keepForPasta keeps the kernel from choosing port for another process (bind to
+// port 0, connect) before pasta has bound it, for TCP: a socket that is bound
+// with SO_REUSEADDR and does not listen is in the way of those, not of pasta's.
+// A process that names the port can still have it.
+func (v *hostView) keepForPasta(port int) {
+	if v.proto != types.TCP {
+		return
+	}
+	onHost(func() {
+		for _, addr := range v.addrs {
+			fd, err := v.socket(addr)
+			if err != nil {
+				continue
+			}
+			if unix.Bind(fd, sockaddr(addr, port)) != nil {
+				unix.Close(fd)
+				continue
+			}
+			time.AfterFunc(pastaDelay, func() { unix.Close(fd) })
+		}
+	})
 }
 
 // ownPorts has the host ports that are bound by this daemon's pasta, or may

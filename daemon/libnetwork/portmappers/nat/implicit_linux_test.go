@@ -3,11 +3,11 @@ package nat
 import (
 	"context"
 	"fmt"
+	"net/netip"
 	"os"
 	"testing"
-	"time"
-
 	"testing/synctest"
+	"time"
 
 	"github.com/moby/moby/v2/daemon/libnetwork/portmapperapi"
 	"github.com/moby/moby/v2/daemon/libnetwork/types"
@@ -15,15 +15,19 @@ import (
 	is "gotest.tools/v3/assert/cmp"
 )
 
-// underPasta makes the test's RootlessKit one with the implicit port driver,
+// underPasta runs f with a RootlessKit whose port driver is the implicit one,
 // which no client asks.
-func underPasta(t *testing.T) PortMapper {
+func underPasta(t *testing.T, f func(t *testing.T, pm PortMapper)) {
 	newHostFake(t) // For its check that nothing is left.
-	before := portDriverIsImplicit
+	implicit := portDriverIsImplicit
 	portDriverIsImplicit = func() bool { return true }
-	t.Cleanup(func() { portDriverIsImplicit = before })
-	inChild(t)
-	return NewPortMapper(Config{RlkClient: (*typedNil)(nil)})
+	defer func() { portDriverIsImplicit = implicit }()
+	synctest.Test(t, func(t *testing.T) {
+		ownPorts = ownPortSet{ports: map[int]ownPort{}}
+		inChild(t)
+		t.Cleanup(func() { time.Sleep(2 * pastaDelay) })
+		f(t, NewPortMapper(Config{RlkClient: (*typedNil)(nil)}))
+	})
 }
 
 func mapped(t *testing.T, pm PortMapper, reqs []portmapperapi.PortBindingReq) []portmapperapi.PortBinding {
@@ -41,30 +45,49 @@ func unmap(t *testing.T, pm PortMapper, pbs []portmapperapi.PortBinding) {
 }
 
 func TestStrangersPortIsNotPublishedUnderPasta(t *testing.T) {
-	pm := underPasta(t)
-	occupy(t, "tcp", "127.0.0.1", 32768, 32770)
-	occupy(t, "tcp", "::", 32771, 32771)
-	pbs := mapped(t, pm, request(types.TCP, 0, 0, "127.0.0.1"))
-	assert.Check(t, is.Equal(pbs[0].HostPort, uint16(32772)))
-	unmap(t, pm, pbs)
+	underPasta(t, func(t *testing.T, pm PortMapper) {
+		occupy(t, "tcp", "127.0.0.1", 32768, 32770)
+		occupy(t, "tcp", "::", 32771, 32771)
+		pbs := mapped(t, pm, request(types.TCP, 0, 0, "127.0.0.1"))
+		assert.Check(t, is.Equal(pbs[0].HostPort, uint16(32772)))
+		unmap(t, pm, pbs)
 
-	_, err := pm.MapPorts(context.Background(), request(types.TCP, 32771, 32771, "0.0.0.0"))
-	assert.Check(t, is.ErrorContains(err, "host port [::]:32771/tcp: listen tcp6 [::]:32771: bind: address already in use; process "))
-	_, err = pm.MapPorts(context.Background(), request(types.TCP, 32769, 32769, "0.0.0.0"))
-	assert.Check(t, is.ErrorContains(err, fmt.Sprintf("(pid %d) has it", os.Getpid())))
+		_, err := pm.MapPorts(context.Background(), request(types.TCP, 32771, 32771, "0.0.0.0"))
+		assert.Check(t, is.ErrorContains(err, "host port [::]:32771/tcp: listen tcp6 [::]:32771: bind: address already in use; process "))
+		_, err = pm.MapPorts(context.Background(), request(types.TCP, 32769, 32769, "0.0.0.0"))
+		assert.Check(t, is.ErrorContains(err, fmt.Sprintf("(pid %d) has it", os.Getpid())))
+	})
 }
 
 func TestOwnPastasPortIsNoStrangers(t *testing.T) {
-	pm := underPasta(t)
-	pbs := mapped(t, pm, request(types.TCP, 5353, 5353, "0.0.0.0", "::"))
-	occupy(t, "tcp", "::", 5353, 5353) // As pasta does, in a moment.
-	occupy(t, "udp", "::", 5353, 5353)
+	underPasta(t, func(t *testing.T, pm PortMapper) {
+		pbs := mapped(t, pm, request(types.TCP, 5353, 5353, "0.0.0.0", "::"))
+		occupy(t, "tcp", "::", 5353, 5353) // As pasta does, in a moment.
+		occupy(t, "udp", "::", 5353, 5353)
 
-	udp := mapped(t, pm, request(types.UDP, 5353, 5353, "0.0.0.0"))
-	unmap(t, pm, udp)
-	unmap(t, pm, pbs)
-	again := mapped(t, pm, request(types.TCP, 5353, 5353, "0.0.0.0"))
-	unmap(t, pm, again)
+		udp := mapped(t, pm, request(types.UDP, 5353, 5353, "0.0.0.0"))
+		unmap(t, pm, udp)
+		unmap(t, pm, pbs)
+		again := mapped(t, pm, request(types.TCP, 5353, 5353, "0.0.0.0"))
+		unmap(t, pm, again)
+	})
+}
+
+func TestPortIsKeptForPasta(t *testing.T) {
+	underPasta(t, func(t *testing.T, pm PortMapper) {
+		setSysctl(t, "ip_local_port_range", "40000 40001")
+		pbs := mapped(t, pm, request(types.TCP, 40000, 40000, "0.0.0.0"))
+		// What the kernel chooses is another one, until there's none.
+		l, err := listenOnHost(t, mapping{"tcp", netip.IPv4Unspecified(), 0})
+		assert.NilError(t, err)
+		defer l.Close()
+		_, err = listenOnHost(t, mapping{"tcp", netip.IPv4Unspecified(), 0})
+		assert.Check(t, is.ErrorContains(err, "address already in use"))
+		occupy(t, "tcp", "0.0.0.0", 40000, 40000) // As pasta does.
+		occupy(t, "tcp", "::", 40000, 40000)
+		time.Sleep(2 * pastaDelay) // Then it has been let go.
+		unmap(t, pm, pbs)
+	})
 }
 
 func TestOwnPortsEnd(t *testing.T) {

@@ -288,6 +288,7 @@ func (s *search) published(a attempt) {
 	}
 	if s.view != nil && s.view.implicit {
 		ownPorts.add(a.port, len(a.bindings))
+		s.view.keepForPasta(a.port)
 	}
 	if s.attempts == 0 {
 		return
