@@ -258,10 +258,12 @@ func TestBusyFixedPortSaysWhoHasIt(t *testing.T) {
 	for _, proto := range []types.Protocol{types.TCP, types.UDP} {
 		t.Run(proto.String(), func(t *testing.T) {
 			f := newHostFake(t)
-			inChild(t)
-			occupy(t, proto.String(), "127.0.0.1", 8080, 8080)
-			err := refused(t, f, context.Background(), request(proto, 8080, 8080, "0.0.0.0"))
-			assert.Check(t, is.ErrorContains(err, fmt.Sprintf(`; process %q (pid %d) has it; stop what holds it`, strings.TrimSpace(string(comm)), os.Getpid())))
+			synctest.Test(t, func(t *testing.T) { // holderLimit does not pass.
+				inChild(t)
+				occupy(t, proto.String(), "127.0.0.1", 8080, 8080)
+				err := refused(t, f, context.Background(), request(proto, 8080, 8080, "0.0.0.0"))
+				assert.Check(t, is.ErrorContains(err, fmt.Sprintf(`; process %q (pid %d) has it; stop what holds it`, strings.TrimSpace(string(comm)), os.Getpid())))
+			})
 		})
 	}
 	assert.Check(t, is.Equal(processWithSocket(0, time.Now().Add(time.Minute)), "another process of this user"))
