@@ -56,8 +56,8 @@ type fakeDriver struct {
 	// answer, when set, is asked first: an error is the answer, nil leaves it to
 	// the fake. The call's number counts from 1.
 	answer func(call int, m mapping) error
-	// removed, when set, is asked for the answer to a removal that was done.
-	removed func(m mapping) error
+	// failRemovals is how many removals fail, and remove nothing.
+	failRemovals int
 
 	mu      sync.Mutex
 	calls   int
@@ -187,7 +187,7 @@ func (f *fakeDriver) AddPort(ctx context.Context, proto string, hostIP, childIP 
 	f.nextID++
 	id := f.nextID
 	f.exposed[m] = id
-	return func() error { undo(); return f.remove(m, id) }, nil
+	return func() error { return f.remove(m, id, undo) }, nil
 }
 
 // listenOnHost opens a socket in the namespace that is the tests' host.
@@ -231,17 +231,19 @@ func (f *fakeDriver) refusal(m mapping) error {
 	return nil
 }
 
-func (f *fakeDriver) remove(m mapping, id int) error {
+func (f *fakeDriver) remove(m mapping, id int, undo func()) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.exposed[m] != id {
 		f.t.Errorf("%+v was removed twice", m)
 		return fmt.Errorf("unknown id: %d", id)
 	}
-	delete(f.exposed, m)
-	if f.removed != nil {
-		return f.removed(m)
+	if f.failRemovals > 0 {
+		f.failRemovals--
+		return errors.New("boom")
 	}
+	undo()
+	delete(f.exposed, m)
 	return nil
 }
 

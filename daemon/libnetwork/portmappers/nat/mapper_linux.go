@@ -5,7 +5,8 @@
 // Two network namespaces have two port tables: a port that is free in the
 // child (where the daemon's sockets are) can be taken on the host (where
 // RootlessKit listens). MapPorts therefore searches: see search_linux.go for
-// which port is tried next, and refusal_linux.go for what an error means.
+// which port is tried next, attempt_linux.go for one try, refusal_linux.go for
+// what an error means, and hostview_linux.go for looking at the host.
 package nat
 
 import (
@@ -17,9 +18,7 @@ import (
 	"reflect"
 	"slices"
 	"strings"
-	"time"
 
-	"github.com/containerd/log"
 	"github.com/moby/moby/v2/daemon/libnetwork/portallocator"
 	"github.com/moby/moby/v2/daemon/libnetwork/portmapperapi"
 	"github.com/moby/moby/v2/daemon/libnetwork/types"
@@ -122,10 +121,10 @@ func (pm PortMapper) MapPorts(ctx context.Context, cfg []portmapperapi.PortBindi
 			continue
 		}
 		if err := a.publishWithin(ctx, s.limit.C); err != nil {
-			s.refusedOnHost(a.port, err)
+			s.refusedOnHost(&a, err)
 			continue
 		}
-		s.published(a)
+		s.published(&a)
 		return a.bindings, nil
 	}
 	return nil, s.err
@@ -133,7 +132,8 @@ func (pm PortMapper) MapPorts(ctx context.Context, cfg []portmapperapi.PortBindi
 
 // UnmapPorts closes, removes and releases everything that MapPorts set up for
 // pbs. A step that fails does not keep the others from being done; every
-// failure is in the returned error.
+// failure is in the returned error. A host port that RootlessKit failed to
+// remove is removed in the background, and stays reserved meanwhile.
 func (pm PortMapper) UnmapPorts(ctx context.Context, pbs []portmapperapi.PortBinding) error {
 	var errs []error
 	for _, pb := range pbs {
@@ -142,16 +142,19 @@ func (pm PortMapper) UnmapPorts(ctx context.Context, pbs []portmapperapi.PortBin
 				errs = append(errs, fmt.Errorf("failed to close socket for port mapping %s: %w", pb, err))
 			}
 		}
+		ownPorts.remove(int(pb.HostPort))
+		release := func() {
+			// Without NAT, it's another binding's child port that is shared.
+			if pb.NAT.IsValid() {
+				portallocator.Get().ReleasePort(pb.ChildHostIP, pb.Proto.String(), int(pb.HostPort))
+			}
+		}
 		if err := unexpose(pb); err != nil {
 			errs = append(errs, err)
+			go unexposeAgain(ctx, pb, release)
+			continue
 		}
-	}
-	for _, pb := range pbs {
-		ownPorts.remove(int(pb.HostPort))
-		// Without NAT, it's another binding's child port that is shared.
-		if pb.NAT.IsValid() {
-			portallocator.Get().ReleasePort(pb.ChildHostIP, pb.Proto.String(), int(pb.HostPort))
-		}
+		release()
 	}
 	return errors.Join(errs...)
 }
@@ -217,157 +220,6 @@ func checkOverlap(reqs []portmapperapi.PortBindingReq) error {
 					req.Port, req.Proto, a, b)
 			}
 		}
-	}
-	return nil
-}
-
-// attempt is one allocate-and-bind in the child namespace, followed by one
-// request per host address to the port driver.
-type attempt struct {
-	pdc   PortDriverClient
-	reqs  []portmapperapi.PortBindingReq
-	addrs []net.IP // addrs has the child addresses of reqs, without duplicates.
-
-	port     int
-	bindings []portmapperapi.PortBinding
-}
-
-// allocate reserves and binds a port in [begin, end] on the child addresses.
-func (a *attempt) allocate(begin, end int) error {
-	proto := a.reqs[0].Proto
-	port, socks, err := portallocator.NewOSAllocator().RequestPortsInRange(a.addrs, proto, begin, end)
-	if err != nil {
-		return err
-	}
-	a.port = port
-	a.bindings = make([]portmapperapi.PortBinding, 0, len(a.reqs))
-	for _, req := range a.reqs {
-		pb := portmapperapi.PortBinding{
-			PortBinding: req.PortBinding.Copy(),
-			ChildHostIP: req.ChildHostIP,
-		}
-		pb.HostPort, pb.HostPortEnd = uint16(port), uint16(port)
-		// Host addresses that share a child address share its socket and its
-		// NAT rules; the first of them has both.
-		i := slices.IndexFunc(a.addrs, req.ChildHostIP.Equal)
-		if socks[i] != nil {
-			pb.BoundSocket, socks[i] = socks[i], nil
-			pb.NAT = netip.AddrPortFrom(addrOf(req.ChildHostIP), uint16(port))
-		}
-		a.bindings = append(a.bindings, pb)
-	}
-	return nil
-}
-
-// publishWithin is publish, given up when limit fires. Whoever gives up has
-// its child sockets closed; the port driver's answer is then still waited for
-// in the background, to undo what it did, and the port stays reserved until
-// it comes.
-func (a *attempt) publishWithin(ctx context.Context, limit <-chan time.Time) error {
-	start := time.Now()
-	answered, gaveUp := make(chan error), make(chan struct{})
-	// The requests are sent from another thread: nothing in them depends on
-	// the calling thread's network namespace.
-	go func() {
-		err := a.publish(ctx)
-		select {
-		case answered <- err:
-		case <-gaveUp:
-			if err == nil {
-				a.unexposeAll(ctx)
-			}
-			a.release()
-			log.G(ctx).WithFields(log.Fields{
-				"port":     a.port,
-				"duration": time.Since(start),
-				"error":    err,
-			}).Warn("RootlessKit answered a port request after it was given up: undone")
-		}
-	}()
-	select {
-	case err := <-answered:
-		if err != nil {
-			a.closeSockets(ctx)
-		}
-		return err
-	case <-limit:
-		close(gaveUp)
-		a.closeSockets(ctx)
-		return fmt.Errorf("host port %d/%s on %s: %w (%s)", a.port, a.reqs[0].Proto, hostAddrs(a.reqs), errNoAnswer, time.Since(start).Round(time.Millisecond))
-	}
-}
-
-// publish has the port driver expose the bindings on the host. If one is
-// refused, those before it are undone and the refusal is returned.
-func (a *attempt) publish(ctx context.Context) (retErr error) {
-	if a.pdc == nil {
-		return nil
-	}
-	defer func() {
-		if retErr != nil {
-			a.unexposeAll(ctx)
-		}
-	}()
-	// An outcome that isn't known can't be undone: see each request through.
-	callCtx := context.WithoutCancel(ctx)
-	unsupported := 0
-	for i := range a.bindings {
-		pb := &a.bindings[i]
-		if err := ctx.Err(); err != nil {
-			return err
-		}
-		var err error
-		pb.PortDriverRemove, err = a.pdc.AddPort(callCtx, pb.Proto.String(), addrOf(pb.HostIP), addrOf(pb.ChildHostIP), a.port)
-		if isUnsupported(err) {
-			log.G(ctx).WithFields(log.Fields{"error": err}).Warnf("discarding request for %q", hostPort(pb.HostIP, a.port))
-			pb.RootlesskitUnsupported = true
-			if unsupported++; unsupported < len(a.bindings) {
-				continue
-			}
-		}
-		if err != nil {
-			return &hostRefusal{hostIP: addrOf(pb.HostIP), port: a.port, proto: pb.Proto, err: err}
-		}
-	}
-	return ctx.Err()
-}
-
-// unexposeAll undoes publish, as far as it got.
-func (a *attempt) unexposeAll(ctx context.Context) {
-	for i, pb := range slices.Backward(a.bindings) {
-		if err := unexpose(pb); err != nil {
-			log.G(ctx).WithFields(log.Fields{"binding": pb.PortBinding, "error": err}).Warn("Failed to remove a host port that is not needed")
-		}
-		a.bindings[i].PortDriverRemove = nil
-	}
-}
-
-// closeSockets frees the port in the child namespace. It remains reserved.
-func (a *attempt) closeSockets(ctx context.Context) {
-	for i := range a.bindings {
-		// Only this field: publish may still be writing to others.
-		sock := a.bindings[i].BoundSocket
-		if sock == nil {
-			continue
-		}
-		if err := sock.Close(); err != nil {
-			log.G(ctx).WithFields(log.Fields{"port": a.port, "error": err}).Warn("Failed to close a socket in the child namespace")
-		}
-	}
-}
-
-// release ends the reservation of the port.
-func (a *attempt) release() {
-	portallocator.NewOSAllocator().ReleasePorts(a.addrs, a.reqs[0].Proto, a.port)
-}
-
-// unexpose has the port driver remove pb's port from the host.
-func unexpose(pb portmapperapi.PortBinding) error {
-	if pb.PortDriverRemove == nil {
-		return nil
-	}
-	if err := pb.PortDriverRemove(); err != nil && !isUnknownPort(err) {
-		return fmt.Errorf("failed to remove host port %s/%s: %w", hostPort(pb.HostIP, int(pb.HostPort)), pb.Proto, err)
 	}
 	return nil
 }

@@ -3,12 +3,17 @@ package nat
 import (
 	"context"
 	"errors"
+	"fmt"
+	"io"
 	"net"
 	"net/netip"
+	"net/url"
 	"os"
 	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/moby/moby/v2/daemon/libnetwork/drvregistry"
 	"github.com/moby/moby/v2/daemon/libnetwork/portallocator"
@@ -106,20 +111,19 @@ func TestRollBackGoesOnWhenRemovalFails(t *testing.T) {
 		}
 		return nil
 	}
-	failed := 0
-	f.removed = func(m mapping) error {
-		if failed++; failed <= 2 {
-			return errors.New("boom")
-		}
-		return nil
-	}
+	f.failRemovals = 2 // Of the four of the roll-back, and of those again.
 	ctx, hook := logged()
-	pm := NewPortMapper(Config{RlkClient: f})
-	pbs, err := pm.MapPorts(ctx, request(types.UDP, 0, 0, "127.0.0.1", "127.0.0.3", "::"))
-	assert.NilError(t, err)
-	warnings := entries(hook, logrus.WarnLevel)
-	assert.Check(t, is.Len(warnings, 2), "one for each removal that failed")
-	assert.Check(t, pm.UnmapPorts(ctx, pbs))
+	synctest.Test(t, func(t *testing.T) {
+		pm := NewPortMapper(Config{RlkClient: f})
+		pbs, err := pm.MapPorts(ctx, request(types.UDP, 0, 0, "127.0.0.1", "127.0.0.3", "::"))
+		assert.NilError(t, err)
+		assert.Check(t, is.Len(f.exposed, 3+2), "the roll-back went on after one that failed")
+		_, err = portallocator.Get().RequestPort(net.IP{127, 0, 0, 1}, "udp", f.asked[0])
+		assert.Check(t, is.ErrorContains(err, "already allocated"), "it is still on the host")
+		assert.Check(t, pm.UnmapPorts(ctx, pbs))
+		time.Sleep(time.Second)
+	})
+	assert.Check(t, is.Len(entries(hook, logrus.WarnLevel), 0))
 }
 
 // Two host addresses with one child address: bound once in the child, exposed
@@ -203,22 +207,68 @@ func TestProtocolThatThePortDriverDoesNotServe(t *testing.T) {
 
 func TestUnmapPortsGoesOnAndTellsAll(t *testing.T) {
 	f := newFake(t)
-	f.removed = func(m mapping) error {
-		if m.ip.Is6() {
+	ctx, hook := logged()
+	synctest.Test(t, func(t *testing.T) {
+		pm := NewPortMapper(Config{RlkClient: f})
+		pbs, err := pm.MapPorts(ctx, request(types.TCP, 0, 0, "0.0.0.0", "::"))
+		assert.NilError(t, err)
+		assert.NilError(t, pbs[1].BoundSocket.Close()) // Closed twice, then.
+		pbs[1].PortDriverRemove = func() error {
 			return errors.New("error while calling RootlessKit PortManager.RemovePort(): unknown id: 7")
 		}
-		return errors.New("boom")
-	}
-	pm := NewPortMapper(Config{RlkClient: f})
-	pbs, err := pm.MapPorts(context.Background(), request(types.TCP, 0, 0, "0.0.0.0", "::"))
-	assert.NilError(t, err)
-	assert.NilError(t, pbs[1].BoundSocket.Close()) // Closed twice, then.
+		f.failRemovals = 3
 
-	err = pm.UnmapPorts(context.Background(), pbs)
-	assert.Check(t, is.ErrorContains(err, "failed to remove host port 0.0.0.0:"))
-	assert.Check(t, is.ErrorContains(err, "boom"))
-	assert.Check(t, is.ErrorIs(err, os.ErrClosed))
-	assert.Check(t, !strings.Contains(err.Error(), "unknown id"), "%v", err)
+		err = pm.UnmapPorts(ctx, pbs)
+		assert.Check(t, is.ErrorContains(err, "failed to remove host port 0.0.0.0:"))
+		assert.Check(t, is.ErrorContains(err, "boom"))
+		assert.Check(t, is.ErrorIs(err, os.ErrClosed))
+		assert.Check(t, !strings.Contains(err.Error(), "unknown id"), "%v", err)
+
+		// The third time that it's tried again, it goes.
+		time.Sleep(time.Minute)
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		assert.Check(t, is.Len(f.exposed, 1), "what RootlessKit doesn't know is not asked of it")
+		clear(f.exposed)
+	})
+	assert.Check(t, is.Len(hook.AllEntries(), 0))
+}
+
+func TestRemovalThatFailsForGoodIsTold(t *testing.T) {
+	f := newFake(t)
+	ctx, hook := logged()
+	synctest.Test(t, func(t *testing.T) {
+		pm := NewPortMapper(Config{RlkClient: f})
+		pbs, err := pm.MapPorts(ctx, request(types.TCP, 0, 0, "0.0.0.0"))
+		assert.NilError(t, err)
+		f.failRemovals = 4
+		assert.Check(t, is.ErrorContains(pm.UnmapPorts(ctx, pbs), "boom"))
+		time.Sleep(time.Minute)
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		clear(f.exposed)
+	})
+	warnings := entries(hook, logrus.WarnLevel)
+	assert.Assert(t, is.Len(warnings, 1))
+	assert.Check(t, is.Equal(f.failRemovals, 0))
+}
+
+// RootlessKit may hold a port that nobody knows the ID of: nobody is given it.
+func TestPortWhoseAnswerWasLostStaysReserved(t *testing.T) {
+	f := newFake(t)
+	f.answer = func(int, mapping) error {
+		return fmt.Errorf("%s%w", answerPrefix, &url.Error{Op: "Post", URL: "http://rootlesskit/v1/ports", Err: io.EOF})
+	}
+	ctx, hook := logged()
+	err := refused(t, f, ctx, request(types.TCP, 0, 0, "0.0.0.0"))
+	assert.Check(t, is.ErrorContains(err, "EOF; see whether RootlessKit is running"))
+	assert.Check(t, is.Equal(f.calls, 1))
+	_, err = portallocator.Get().RequestPort(f.child4.AsSlice(), "tcp", f.asked[0])
+	assert.Check(t, is.ErrorContains(err, "already allocated"))
+	warnings := entries(hook, logrus.WarnLevel)
+	assert.Assert(t, is.Len(warnings, 1))
+	assert.Check(t, is.Equal(warnings[0].Data["port"], f.asked[0]))
+	portallocator.Get().ReleasePort(f.child4.AsSlice(), "tcp", f.asked[0])
 }
 
 func TestRemovalOfWhatRootlessKitDoesNotKnow(t *testing.T) {

@@ -157,17 +157,28 @@ func judge(err error) (verdict, string) {
 // not RootlessKit's answer. Whatever errno it has (EACCES for the API's socket,
 // say) tells nothing about a port.
 func isAPIFailure(err error) bool {
+	return isDialError(err) || isLost(err) || errors.Is(err, errNoAnswer) ||
+		errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded)
+}
+
+// isDialError tells whether RootlessKit was not reached.
+func isDialError(err error) bool {
+	var opErr *net.OpError
+	return errors.As(err, &opErr) && opErr.Op == "dial"
+}
+
+// isLost tells whether a request may have reached RootlessKit, and its answer
+// did not come back whole: what it did is not known.
+func isLost(err error) bool {
 	var (
 		urlErr    *url.Error
 		opErr     *net.OpError
 		syntaxErr *json.SyntaxError
 	)
-	return errors.As(err, &urlErr) ||
+	return !isDialError(err) && (errors.As(err, &urlErr) ||
 		errors.As(err, &opErr) && opErr.Op != "listen" ||
 		errors.As(err, &syntaxErr) ||
-		errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) ||
-		errors.Is(err, errNoAnswer) ||
-		errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded)
+		errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF))
 }
 
 // advice tells the user what to do about err, for a search that began at the

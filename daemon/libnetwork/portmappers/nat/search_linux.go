@@ -236,9 +236,9 @@ func (s *search) refusedInChild(err error) {
 	s.refused(childVerdict(err), fmt.Errorf("child namespace: %w", err))
 }
 
-// refusedOnHost takes note of the port driver's error for port, which is still
-// reserved.
-func (s *search) refusedOnHost(port int, err error) {
+// refusedOnHost takes note of the port driver's error for a's port, which is
+// still reserved.
+func (s *search) refusedOnHost(a *attempt, err error) {
 	if errors.Is(err, errNoAnswer) {
 		// Its reservation is no longer this search's.
 		if s.lastRefusal != nil {
@@ -250,12 +250,14 @@ func (s *search) refusedOnHost(port int, err error) {
 	v := driverVerdict(err)
 	if r := (*hostRefusal)(nil); v == maybe && s.view != nil && errors.As(err, &r) {
 		// The kernel knows what the port driver doesn't say.
-		if seen := s.view.look(r.hostIP, port); seen != nil {
+		if seen := s.view.look(r.hostIP, a.port); seen != nil {
 			err = fmt.Errorf("%w: %w", err, seen)
 			v = driverVerdict(err)
 		}
 	}
-	s.held = append(s.held, heldPort{port, v})
+	if !a.kept {
+		s.held = append(s.held, heldPort{a.port, v})
+	}
 	s.refused(v, err)
 }
 
@@ -282,7 +284,7 @@ func (s *search) refused(v verdict, err error) {
 }
 
 // published takes note of success.
-func (s *search) published(a attempt) {
+func (s *search) published(a *attempt) {
 	if s.view != nil && s.dynamic() {
 		hostCursor.Store(int32(a.port))
 	}

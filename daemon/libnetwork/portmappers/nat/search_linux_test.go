@@ -204,7 +204,7 @@ func TestFixedPrivilegedPort(t *testing.T) {
 			s := newSearch(context.Background(), request(types.TCP, 80, 80, "0.0.0.0"), nil)
 			defer s.end()
 			assert.Check(t, s.next())
-			s.refusedOnHost(80, &hostRefusal{hostIP: addrOf(net.IPv4zero), port: 80, proto: types.TCP, err: errors.New(answerPrefix + text)})
+			s.refusedOnHost(&attempt{port: 80}, &hostRefusal{hostIP: addrOf(net.IPv4zero), port: 80, proto: types.TCP, err: errors.New(answerPrefix + text)})
 			assert.Check(t, !s.next())
 			assert.Check(t, is.ErrorContains(s.err, "host port 80"))
 			assert.Check(t, is.Equal(strings.Count(s.err.Error(), "net.ipv4.ip_unprivileged_port_start=80"), 1), s.err)
