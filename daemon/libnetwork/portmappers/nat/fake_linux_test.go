@@ -155,7 +155,7 @@ func (f *fakeDriver) AddPort(ctx context.Context, proto string, hostIP, childIP 
 	if ctx.Done() != nil {
 		f.t.Errorf("AddPort(%s %s:%d) can be cancelled: its outcome would be lost", proto, hostIP, hostPort)
 	}
-	if want := f.ChildHostIP(proto, hostIP); childIP != want {
+	if want := childIPs.of(hostIP, f.ChildHostIP(proto, hostIP)); childIP != want {
 		f.t.Errorf("AddPort(%s %s:%d): child address is %s, not %s", proto, hostIP, hostPort, childIP, want)
 	}
 	m := mapping{proto, hostIP, hostPort}

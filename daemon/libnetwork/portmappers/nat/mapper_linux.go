@@ -182,7 +182,7 @@ func (pm PortMapper) served(cfg []portmapperapi.PortBindingReq) ([]portmapperapi
 			if !child.IsValid() {
 				continue
 			}
-			req.ChildHostIP = child.AsSlice()
+			req.ChildHostIP = childIPs.of(addrOf(req.HostIP), child).AsSlice()
 		}
 		reqs = append(reqs, req)
 	}
