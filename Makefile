@@ -21,6 +21,7 @@ stress: deps build ## watch stock fail and Berth not: 80 starts on a busy host, 
 	@$(BERTH) stress
 
 test: deps check build ## everything: check, then the end-to-end test on real stacks
+	@$(BERTH) build pasta
 	go test -tags integration -count=1 -timeout 30m ./integration/...
 
 check: ## gofmt, vet, staticcheck, shellcheck, and the unit tests with -race

@@ -30,8 +30,10 @@ case ${1-} in
 esac
 
 # uidmap, iproute2, iptables: RootlessKit's and dockerd's. procps, util-linux: ps and setpriv, for the stack and its tests.
-# gcc, libc6-dev: runc and the race detector. libseccomp-dev, pkg-config: runc. curl: hack/stress.sh. The rest: make and its tests.
-packages='ca-certificates curl gcc git iproute2 iptables libc6-dev libseccomp-dev make pkg-config procps shellcheck uidmap util-linux'
+# gcc, libc6-dev: runc, pasta and the race detector. libseccomp-dev, pkg-config: runc. debian-archive-keyring, xz-utils: pasta.
+# curl: hack/stress.sh. The rest: make and its tests.
+packages='ca-certificates curl debian-archive-keyring gcc git iproute2 iptables libc6-dev libseccomp-dev make pkg-config procps shellcheck
+uidmap util-linux xz-utils'
 root=$(cd "$(dirname "$0")/.." && pwd)
 failed=no # something is missing that this script cannot set up
 todo=     # the commands for an administrator
@@ -72,6 +74,8 @@ if command -v dpkg-query >/dev/null; then
 		need "packages missing:$missing" \
 			"apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends$missing"
 	fi
+	# Where the sources come from; an image of a system often has none.
+	[ -n "$(apt-get indextargets 'Created-By: Packages')" ] || need "apt has no package lists" "apt-get update -q"
 else
 	fail "this is not a Debian system: install the equivalents of $packages"
 fi

@@ -76,7 +76,7 @@ type component struct {
 	name    string
 	pin     pins.Pin
 	pkg     string // the Go package to build, or
-	file    string // the file to take
+	file    string // the file to take, made first if the pin is Debian's
 	patched bool
 	patch   string // when patched: a hash of what of the patch goes into the binary
 	version string
@@ -205,7 +205,7 @@ func (b *builder) bin(c component) string { return filepath.Join(b.root, "build"
 
 // key is everything that the component's binary depends on.
 func (b *builder) key(c component) string {
-	lines := append([]string{b.goVersion, c.pin.Module + "@" + c.pin.Version, c.patch, c.file}, env(c)...)
+	lines := append([]string{b.goVersion, c.pin.Module + "@" + c.pin.Version, c.pin.SHA256, c.patch, c.file}, env(c)...)
 	return strings.Join(append(lines, args(c)...), "\n")
 }
 
@@ -244,7 +244,11 @@ func (b *builder) source(ctx context.Context, c component) (string, error) {
 	if dir := b.dirs[id]; dir != "" {
 		return dir, nil
 	}
-	dir, err := tree.Module(ctx, b.root, c.pin)
+	fetch := tree.Module
+	if c.pin.Debian != "" {
+		fetch = tree.Debian
+	}
+	dir, err := fetch(ctx, b.root, c.pin)
 	switch {
 	case err != nil:
 	case c.patched:
@@ -260,6 +264,11 @@ func (b *builder) source(ctx context.Context, c component) (string, error) {
 
 func (b *builder) build(ctx context.Context, c component, dir string) error {
 	bin := b.bin(c)
+	if c.pin.Debian != "" {
+		if err := b.run(ctx, c, dir, "make", args(c)); err != nil {
+			return err
+		}
+	}
 	if c.file != "" {
 		return tree.CopyFile(bin, filepath.Join(dir, c.file), 0o755)
 	}
@@ -267,22 +276,26 @@ func (b *builder) build(ctx context.Context, c component, dir string) error {
 	if err := os.RemoveAll(tmp); err != nil { // go build does not write over what is not a binary
 		return err
 	}
-	if err := b.compile(ctx, c, dir, tmp); err != nil {
+	if err := b.run(ctx, c, dir, "go", slices.Concat([]string{"build", "-o", tmp}, args(c))); err != nil {
 		return err
 	}
 	return os.Rename(tmp, bin)
 }
 
-func (b *builder) compile(ctx context.Context, c component, dir, dst string) error {
+// run runs the compiler in dir, with its output in the component's log.
+func (b *builder) run(ctx context.Context, c component, dir, name string, args []string) error {
 	logName := filepath.Join("build", "log", c.name+".log")
 	log, err := os.Create(filepath.Join(b.root, logName))
 	if err != nil {
 		return err
 	}
 	defer log.Close()
-	cmd := exec.CommandContext(ctx, "go", slices.Concat([]string{"build", "-o", dst}, args(c))...)
+	cmd := exec.CommandContext(ctx, name, args...)
 	cmd.Dir = dir
 	cmd.Env = append(os.Environ(), env(c)...)
+	if c.pin.Debian != "" { // any variable is one of make's, and there may be a make above us
+		cmd.Env = []string{"PATH=" + os.Getenv("PATH")}
+	}
 	cmd.Stdout, cmd.Stderr = log, log
 	// A group of its own, to stop the compiler and the linker with their parent: the linker alone can take half a minute.
 	// If we are killed it must not go on either, to write where the next build does. That signal comes when our thread ends.
@@ -293,7 +306,7 @@ func (b *builder) compile(ctx context.Context, c component, dir, dst string) err
 	cmd.WaitDelay = 10 * time.Second
 	fmt.Fprintf(log, "in %s: %s %s\n", dir, strings.Join(env(c), " "), strings.Join(cmd.Args, " "))
 	if err := cmd.Run(); err != nil {
-		if c.pin.CGO {
+		if c.pin.CGO || c.pin.Debian != "" {
 			err = fmt.Errorf("%w (hack/deps.sh installs the C compiler and the libraries)", err)
 		}
 		return fmt.Errorf("%s: %w\n%s\nthe whole log: %s", c.name, err, tail(log.Name()), logName)
@@ -310,9 +323,12 @@ func env(c component) []string {
 	return []string{cgo, "GOWORK=off", "GOFLAGS=-mod=readonly"}
 }
 
-// args are the arguments of go build without the place of its output. Version control is not looked at: the trees lie inside this
-// repository, whose state is not theirs.
+// args are the arguments of make, or of go build without the place of its output. Version control is not looked at: the trees lie
+// inside this repository, whose state is not theirs.
 func args(c component) []string {
+	if c.pin.Debian != "" {
+		return []string{"VERSION=" + c.version, c.file}
+	}
 	ldflags := "-s -w"
 	if c.pin.VersionVar != "" {
 		ldflags += " -X " + c.pin.VersionVar + "=" + c.version

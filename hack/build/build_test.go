@@ -3,6 +3,8 @@ package build
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
+	"fmt"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -181,6 +183,41 @@ func TestFailureShowsTheCompilersOutput(t *testing.T) {
 	write(t, filepath.Join(root, "vendor.conf"), "gone example.com/gone v1.0.0 packages=.\n")
 	err = Run(t.Context(), root, &bytes.Buffer{}, nil)
 	assert.ErrorContains(t, err, "download example.com/gone@v1.0.0")
+}
+
+func TestDebianSourceIsMade(t *testing.T) {
+	root := checkout(t)
+	src := gofs.NewDir(t, "src", gofs.WithDir("tool-1.0", gofs.WithFile("Makefile", `FLAGS ?= none
+tool: real
+	ln -s real tool
+real:
+	printf '#!/bin/sh\necho $(VERSION) $(FLAGS)\n' >real; test '$(VERSION)' != broken
+`)))
+	archive := filepath.Join(root, "build/tree/tool/tool_1.0.orig.tar.xz")
+	assert.NilError(t, os.MkdirAll(filepath.Dir(archive), 0o755))
+	_, err := output(t.Context(), src.Path(), "tar", "-cJf", archive, "tool-1.0")
+	assert.NilError(t, err)
+	data, err := os.ReadFile(archive)
+	assert.NilError(t, err)
+	line := func(release string) {
+		t.Helper()
+		write(t, filepath.Join(root, "vendor.conf"), fmt.Sprintf(
+			"tool tool 1.0 debian=trixie sha256=%x release=%s files=tool optional=yes\n", sha256.Sum256(data), release))
+	}
+	t.Setenv("FLAGS", "ambient")
+	t.Setenv("MAKEFLAGS", "n") // as in `make -n`, which says what it would do, and does nothing
+
+	line("2025")
+	assert.DeepEqual(t, result(t, root, "tool"), map[string]string{"tool": "built"})
+	assert.Equal(t, says(t, root, "tool"), "2025 none")
+	assert.DeepEqual(t, result(t, root, "tool"), map[string]string{"tool": "unchanged"})
+	assert.DeepEqual(t, result(t, root), map[string]string{})
+
+	line("broken")
+	err = Run(t.Context(), root, &bytes.Buffer{}, []string{"tool"})
+	assert.ErrorContains(t, err, "Makefile:5: real] Error 1")
+	assert.ErrorContains(t, err, "the whole log: build/log/tool.log")
+	assert.Equal(t, says(t, root, "tool"), "2025 none") // the one before is still there
 }
 
 // stopper stops a build when it says the word.

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"regexp"
 	"strconv"
 	"strings"
 
@@ -16,19 +17,22 @@ import (
 // Pin is one line of vendor.conf. The comments at the head of that file say what each setting means.
 type Pin struct {
 	Name    string // unique in the file
-	Module  string // Go module path
-	Version string // Go module version, canonical
+	Module  string // Go module path, or the name of a Debian source package
+	Version string // the module's, canonical, or upstream's in the Debian package's
 	Release string // the product's own version without a "v": the module's unless the line says otherwise
 	Patch   int    // Berth's patch number on the base's line, 0 on all others
 
 	Packages []string // to build, each "." or "./..."
-	Files    []string // to take as they are, relative to the module's folder
+	Files    []string // to take as they are, relative to the source's folder; made first when that is Debian's
 	Tags     []string // Go build tags
 	CGO      bool
 	Optional bool // not built unless asked for by name
 
 	VersionVar string // the variable that the linker sets to the version, or ""
 	CommitVar  string // the variable that the linker sets to the git commit, or ""
+
+	Debian string // the Debian suite whose source package this is, or "": then it is a Go module
+	SHA256 string // of that package's upstream archive
 }
 
 // Load reads the file at path.
@@ -80,9 +84,6 @@ func parseLine(fields []string) (Pin, error) {
 		return Pin{}, fmt.Errorf("want a name, a module and a version, got %q", strings.Join(fields, " "))
 	}
 	pin := Pin{Name: fields[0], Module: fields[1], Version: fields[2]}
-	if err := module.Check(pin.Module, pin.Version); err != nil {
-		return Pin{}, err
-	}
 	pin.Release = strings.TrimSuffix(strings.TrimPrefix(pin.Version, "v"), "+incompatible")
 	seen := map[string]bool{}
 	for _, field := range fields[3:] {
@@ -101,7 +102,32 @@ func parseLine(fields []string) (Pin, error) {
 	if len(pin.Packages)+len(pin.Files) == 0 {
 		return Pin{}, errors.New("nothing to build: add packages= or files=")
 	}
-	return pin, nil
+	return pin, pin.checkSource()
+}
+
+var (
+	debianPackage = regexp.MustCompile(`^[a-z0-9][a-z0-9+.-]*$`)
+	debianVersion = regexp.MustCompile(`^[0-9][A-Za-z0-9.+~]*$`) // what comes after a "-" is Debian's revision
+	sha256sum     = regexp.MustCompile(`^[0-9a-f]{64}$`)
+)
+
+// checkSource checks what names the source, whichever kind it is.
+func (p *Pin) checkSource() error {
+	switch {
+	case p.Debian == "" && p.SHA256 != "":
+		return errors.New("sha256= is for lines with debian=")
+	case p.Debian == "":
+		return module.Check(p.Module, p.Version)
+	case len(p.Packages) > 0:
+		return errors.New("packages= is for Go modules: what is made of a Debian source package are its files=")
+	case !debianPackage.MatchString(p.Module):
+		return fmt.Errorf("malformed Debian source package %q", p.Module)
+	case !debianVersion.MatchString(p.Version):
+		return fmt.Errorf("%s %s: want an upstream version, without Debian's revision", p.Module, p.Version)
+	case !sha256sum.MatchString(p.SHA256):
+		return fmt.Errorf("sha256=%s: want the 64 hexadecimal digits of %s's upstream archive", p.SHA256, p.Module)
+	}
+	return nil
 }
 
 func (p *Pin) set(key, value string) (err error) {
@@ -132,6 +158,10 @@ func (p *Pin) set(key, value string) (err error) {
 		p.VersionVar = value
 	case "commit-var":
 		p.CommitVar = value
+	case "debian":
+		p.Debian = value
+	case "sha256":
+		p.SHA256 = value
 	default:
 		return fmt.Errorf("unknown key %q", key)
 	}

@@ -22,6 +22,7 @@ func TestParse(t *testing.T) {
 
   base	example.com/base/v2  v2.0.0-beta.1 release=29.0.0 patch=3 packages=./cmd/a,./cmd/b files=contrib/c.sh version-var=v.V commit-var=v.C
 tool example.com/tool v1.2.3+incompatible packages=. cgo=yes tags=x,y optional=yes
+made libmade++ 1.0~git20250503 debian=trixie sha256=0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef files=a,b
 `))
 	assert.NilError(t, err)
 	assert.DeepEqual(t, list, []Pin{
@@ -32,6 +33,10 @@ tool example.com/tool v1.2.3+incompatible packages=. cgo=yes tags=x,y optional=y
 		{
 			Name: "tool", Module: "example.com/tool", Version: "v1.2.3+incompatible", Release: "1.2.3",
 			Packages: []string{"."}, Tags: []string{"x", "y"}, CGO: true, Optional: true,
+		},
+		{
+			Name: "made", Module: "libmade++", Version: "1.0~git20250503", Release: "1.0~git20250503", Files: []string{"a", "b"},
+			Debian: "trixie", SHA256: strings.Repeat("0123456789abcdef", 4),
 		},
 	})
 }
@@ -52,6 +57,11 @@ func TestParseSaysLineAndMistake(t *testing.T) {
 		{"nothing to build", "x example.com/x v1.0.0 cgo=yes", "vendor.conf:1: nothing to build"},
 		{"package", "x example.com/x v1.0.0 packages=cmd/x", `vendor.conf:1: package "cmd/x": want`},
 		{"cgo", "x example.com/x v1.0.0 packages=. cgo=1", "vendor.conf:1: cgo=1: want cgo=yes"},
+		{"sha256 of a Go module", "x example.com/x v1.0.0 packages=. sha256=1", "vendor.conf:1: sha256= is for lines with debian="},
+		{"Go package in a Debian package", "x x 1.0 debian=trixie packages=.", "vendor.conf:1: packages= is for Go modules"},
+		{"Debian package", "x ../x 1.0 debian=trixie files=x", `vendor.conf:1: malformed Debian source package "../x"`},
+		{"Debian revision", "x x 1.0-2 debian=trixie files=x", "vendor.conf:1: x 1.0-2: want an upstream version"},
+		{"no sha256", "x x 1.0 debian=trixie files=x", "vendor.conf:1: sha256=: want the 64 hexadecimal digits"},
 		{"patch", "x example.com/x v1.0.0 packages=. patch=0", "vendor.conf:1: patch=0: want a number"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
