@@ -72,7 +72,7 @@ func (s *Stack) install(o Options) error {
 	put := func(name, from string) error {
 		err := place(from, filepath.Join(s.binDir(), name))
 		if errors.Is(err, fs.ErrNotExist) && filepath.Dir(from) == filepath.Clean(o.Bin) {
-			err = fmt.Errorf("%w: `berth build` makes what a stack runs", err)
+			err = fmt.Errorf("%w: `berth build` makes what a stack runs, `berth build %s` this alone", err, filepath.Base(from))
 		}
 		return err
 	}
@@ -83,7 +83,11 @@ func (s *Stack) install(o Options) error {
 	if err := put("docker-rootlesskit", filepath.Join(o.Bin, "rootlesskit")); err != nil {
 		return err
 	}
-	for _, name := range []string{"dockerd-rootless.sh", "docker-proxy", "containerd", "containerd-shim-runc-v2", "runc"} {
+	names := []string{"dockerd-rootless.sh", "docker-proxy", "containerd", "containerd-shim-runc-v2", "runc"}
+	if o.Net == "pasta" {
+		names = append(names, "pasta")
+	}
+	for _, name := range names {
 		if err := put(name, filepath.Join(o.Bin, name)); err != nil {
 			return err
 		}
