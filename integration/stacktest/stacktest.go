@@ -70,7 +70,15 @@ func downAndExit() {
 }
 
 func addAddresses() {
-	commands := [][]string{{"link", "set", "lo", "up"}}
+	commands := [][]string{
+		{"link", "set", "lo", "up"},
+		// A way out that leads nowhere: without one, pasta serves IPv6 even if told not to.
+		{"link", "add", "way-out", "type", "veth", "peer", "name", "nowhere"},
+		{"link", "set", "nowhere", "up"},
+		{"link", "set", "way-out", "up"},
+		{"address", "add", "192.0.2.1/24", "dev", "way-out"}, // RFC 5737's
+		{"route", "add", "default", "dev", "way-out"},
+	}
 	for _, a := range Addresses {
 		commands = append(commands, []string{"address", "add", a + "/32", "dev", "lo"})
 	}

@@ -1,0 +1,129 @@
+//go:build integration
+
+package e2e
+
+import (
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"testing"
+
+	"gotest.tools/v3/assert"
+	is "gotest.tools/v3/assert/cmp"
+
+	"berth/integration/hostload"
+	"berth/integration/stack"
+	"berth/integration/stacktest"
+)
+
+// With the implicit port driver nobody asks for a port: pasta looks, every second, what
+// listens in the child, and binds that on the host, unless it cannot.
+var pasta = stack.Options{Net: "pasta", PortDriver: "implicit"}
+
+func TestStockPublishesAStrangersPortWithPasta(t *testing.T) {
+	d := stacktest.Start(t, "dockerd-stock", pasta)
+	next := nextPort(t, d, "tcp")
+	stranger(t, next)
+	id, err := d.Run(t, "0:80", "20340:80")
+	assert.NilError(t, err)
+	// When pasta serves the one, it has seen the other, too.
+	assertAnswers(t, id, 20340, "tcp")
+	out, err := d.Docker("port", id)
+	assert.NilError(t, err)
+	assert.Assert(t, is.Contains(out, fmt.Sprintf("80/tcp -> 0.0.0.0:%d", next)))
+	assert.Equal(t, get(t, next), "stranger")
+}
+
+// stranger answers on the host port until the end of the test.
+func stranger(t *testing.T, port int) {
+	t.Helper()
+	l, err := net.Listen("tcp4", fmt.Sprint(":", port))
+	assert.NilError(t, err)
+	s := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "stranger") })}
+	go s.Serve(l)
+	t.Cleanup(func() { assert.NilError(t, s.Close()) })
+}
+
+func get(t *testing.T, port int) string {
+	t.Helper()
+	resp, err := http.Get(fmt.Sprintf("http://127.0.0.1:%d", port))
+	assert.NilError(t, err)
+	defer resp.Body.Close()
+	answer, err := io.ReadAll(resp.Body)
+	assert.NilError(t, err)
+	return string(answer)
+}
+
+func TestBerthWithPasta(t *testing.T) {
+	d := stacktest.Start(t, "dockerd", pasta)
+
+	t.Run("restarts on a fixed port", func(t *testing.T) {
+		id, err := d.Run(t, "20300:80")
+		assert.NilError(t, err)
+		for range 20 {
+			_, err := d.Docker("restart", id)
+			assert.NilError(t, err)
+		}
+		assertAnswers(t, id, 20300, "tcp")
+	})
+
+	t.Run("fixed port, TCP and UDP", func(t *testing.T) {
+		id, err := d.Run(t, "5353:80", "5353:80/udp")
+		assert.NilError(t, err)
+		assertAnswers(t, id, 5353, "tcp", "udp")
+	})
+
+	// pasta has taken the UDP port with the TCP port, and a look at it finds it taken.
+	t.Run("UDP where another container has TCP", func(t *testing.T) {
+		first, err := d.Run(t, "20330:80")
+		assert.NilError(t, err)
+		assertAnswers(t, first, 20330, "tcp")
+		second, err := d.Run(t, "20330:80/udp")
+		assert.NilError(t, err)
+		assertAnswers(t, second, 20330, "udp")
+		assertAnswers(t, first, 20330, "tcp")
+	})
+
+	t.Run("fixed port of a container that was just stopped", func(t *testing.T) {
+		first, err := d.Run(t, "20310:80", "20310:80/udp")
+		assert.NilError(t, err)
+		assertAnswers(t, first, 20310, "tcp", "udp")
+		_, err = d.Docker("stop", first)
+		assert.NilError(t, err)
+		second, err := d.Run(t, "20310:80", "20310:80/udp")
+		assert.NilError(t, err)
+		assertAnswers(t, second, 20310, "tcp", "udp")
+	})
+
+	for _, network := range []string{"tcp", "udp"} {
+		t.Run("fixed port of a stranger, "+network, func(t *testing.T) {
+			hold(t, hostload.Load{Network: network + "4", Ports: []int{20320}})
+			_, err := d.Run(t, "20320:80/"+network)
+			assert.ErrorContains(t, err, "20320")
+			assert.ErrorContains(t, err, "address already in use")
+		})
+	}
+
+	for _, network := range []string{"tcp", "udp"} {
+		t.Run("dynamic port, strangers on the next 20, "+network, func(t *testing.T) {
+			next := nextPort(t, d, network)
+			hold(t, hostload.Load{Network: network + "4", Ports: portRange(next, next+19)})
+			id, err := d.Run(t, "0:80/"+network)
+			assert.NilError(t, err)
+			port := int(d.Published(t, id)[0].Port())
+			assert.Assert(t, port > next+19, "published at %d", port)
+			assertAnswers(t, id, port, network)
+		})
+	}
+}
+
+// assertAnswers checks that the container is what answers at the port on IPv4: RootlessKit
+// has pasta serve nothing else, whatever dockerd reports.
+func assertAnswers(t *testing.T, id string, port int, networks ...string) {
+	t.Helper()
+	for _, network := range networks {
+		stacktest.AssertAnswers(t, network, netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), uint16(port)), id)
+	}
+}
