@@ -128,8 +128,10 @@ func TestBerthPublishes(t *testing.T) {
 	}
 }
 
-func (s scenario) network() string {
-	if strings.HasSuffix(s.publish[0], "/udp") {
+func (s scenario) network() string { return networkOf(s.publish[0]) }
+
+func networkOf(publish string) string {
+	if strings.HasSuffix(publish, "/udp") {
 		return "udp"
 	}
 	return "tcp"

@@ -1,0 +1,166 @@
+//go:build integration
+
+package e2e
+
+import (
+	"fmt"
+	"os"
+	"slices"
+	"strings"
+	"testing"
+
+	"gotest.tools/v3/assert"
+
+	"berth/integration/hostload"
+	"berth/integration/stack"
+	"berth/integration/stacktest"
+)
+
+const (
+	portRangeSysctl     = "/proc/sys/net/ipv4/ip_local_port_range"
+	reservedPortsSysctl = "/proc/sys/net/ipv4/ip_local_reserved_ports"
+
+	// The kernel's own ip_local_port_range, which every new namespace has.
+	firstDefault, lastDefault = 32768, 60999
+)
+
+// A published port is one that the host's administrator left to programs, also when that
+// changes under a running daemon.
+func TestDynamicPortsAreThoseOfTheHost(t *testing.T) {
+	var odd, even []int
+	for port := 40000; port <= 40100; port++ {
+		if port%2 == 0 {
+			even = append(even, port)
+		} else {
+			odd = append(odd, port)
+		}
+	}
+	setSysctl(t, portRangeSysctl, "40000 40100")
+	setSysctl(t, reservedPortsSysctl, list(even))
+	d := stacktest.Start(t, "dockerd", stack.Options{})
+	for range 10 {
+		assertPublishedIn(t, d, odd, "0:80")
+	}
+	assertPublishedIn(t, d, odd, "0:80/udp")
+	assertPublishedIn(t, d, odd, "127.0.0.1::80")
+
+	setSysctl(t, reservedPortsSysctl, list(odd))
+	for range 5 {
+		assertPublishedIn(t, d, even, "0:80")
+	}
+	setSysctl(t, reservedPortsSysctl, "41000-41049")
+	setSysctl(t, portRangeSysctl, "41000 41100")
+	for range 5 {
+		assertPublishedIn(t, d, portRange(41050, 41100), "0:80")
+	}
+
+	// What the user names is the user's own choice.
+	assertPublishedIn(t, d, []int{41000}, "41000:80")
+	assertPublishedIn(t, d, []int{41001}, "41001-41010:80")
+}
+
+// Upstream reads the child's range, which is the kernel's default, and so does Berth where it
+// cannot see the host.
+func TestWithoutAViewDynamicPortsAreThoseOfTheChild(t *testing.T) {
+	setSysctl(t, portRangeSysctl, "40000 40100")
+	for _, tt := range []struct {
+		name, dockerd string
+		options       stack.Options
+	}{
+		{"stock", "dockerd-stock", stack.Options{}},
+		{"detach-netns off", "dockerd", stack.Options{NoDetachNetns: true}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			d := stacktest.Start(t, tt.dockerd, tt.options)
+			assertPublishedIn(t, d, []int{firstDefault}, "0:80")
+		})
+	}
+}
+
+// The port driver slirp4netns does not say why it refuses a port. Nor does it bring back what
+// a container answers to a datagram from the host's loopback (dockerd-rootless.sh starts it
+// with --disable-host-loopback), so that another address is asked.
+func TestSlirp4netnsPortDriver(t *testing.T) {
+	needsNamespace(t)
+	d := stacktest.Start(t, "dockerd", stack.Options{Net: "slirp4netns", PortDriver: "slirp4netns"})
+	for _, network := range []string{"tcp", "udp"} {
+		t.Run(network, func(t *testing.T) {
+			next := nextPort(t, d, network)
+			hold(t, hostload.Load{Network: network + "4", Ports: portRange(next, next+99)})
+			assertPublishedIn(t, d, []int{next + 100}, stacktest.Addresses[0]+"::80/"+network)
+			_, err := d.Run(t, fmt.Sprintf("%d:80/%s", next, network))
+			assert.ErrorContains(t, err, fmt.Sprint(next))
+			assert.ErrorContains(t, err, "address already in use")
+		})
+	}
+}
+
+// With the process in the child namespace, all there is to go by is what the port driver says.
+func TestManyPortsHeldInARow(t *testing.T) {
+	needsNamespace(t)
+	const held = 500
+	for _, tt := range []struct {
+		name    string
+		options stack.Options
+		view    bool
+	}{
+		{"detach-netns on", stack.Options{}, true},
+		{"detach-netns off", stack.Options{NoDetachNetns: true}, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			d := stacktest.Start(t, "dockerd", tt.options)
+			for _, publish := range []string{"0:80", "0:80/udp", "127.0.0.1:0:80"} {
+				t.Run(publish, func(t *testing.T) {
+					network := networkOf(publish)
+					next := nextPort(t, d, network)
+					hold(t, hostload.Load{Network: network + "4", Ports: portRange(next, next+held-1)})
+					// Without a view the search jumps, and may come out anywhere.
+					want := portRange(firstDefault, lastDefault)
+					if tt.view {
+						want = []int{next + held}
+					}
+					assertPublishedIn(t, d, want, publish)
+				})
+			}
+			t.Run("range with only the last one free", func(t *testing.T) {
+				hold(t, hostload.Load{Network: "tcp4", Ports: portRange(20000, 20000+held-1)})
+				assertPublishedIn(t, d, []int{20000 + held}, fmt.Sprintf("20000-%d:80", 20000+held))
+			})
+		})
+	}
+}
+
+// assertPublishedIn starts a container and checks that it is published at one of the ports,
+// and answers there.
+func assertPublishedIn(t *testing.T, d *stacktest.Daemon, ports []int, publish string) {
+	t.Helper()
+	id, err := d.Run(t, publish)
+	assert.NilError(t, err)
+	published := d.Published(t, id)
+	assert.Assert(t, len(published) > 0)
+	for _, a := range published {
+		assert.Assert(t, slices.Contains(ports, int(a.Port())), "-p %s is published at %v", publish, published)
+		stacktest.AssertAnswers(t, networkOf(publish), reachable(a), id)
+	}
+}
+
+func list(ports []int) string {
+	return strings.Trim(strings.ReplaceAll(fmt.Sprint(ports), " ", ","), "[]")
+}
+
+func needsNamespace(t *testing.T) {
+	t.Helper()
+	if os.Getuid() != 0 {
+		t.Skip("the host's part is played by a network namespace of the tests' own, which takes root")
+	}
+}
+
+// setSysctl sets a value in the tests' own network namespace until the end of the test.
+func setSysctl(t *testing.T, file, value string) {
+	t.Helper()
+	needsNamespace(t)
+	old, err := os.ReadFile(file)
+	assert.NilError(t, err)
+	assert.NilError(t, os.WriteFile(file, []byte(value), 0o644))
+	t.Cleanup(func() { assert.NilError(t, os.WriteFile(file, old, 0o644)) })
+}
