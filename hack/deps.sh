@@ -7,8 +7,9 @@ usage() {
 usage: hack/deps.sh [--help]
 
 Sets up what Berth needs of a Debian system: packages, a /dev/net/tun that everyone may
-open, and somebody to run a rootless Docker: as root the user "berth", who is made with
-subordinate ids if need be. It does only what is missing and can be run again at any time.
+open, and somebody to run a rootless Docker: as root the user "berth", and "berth2" beside
+whom he runs it, who are made with subordinate ids if need be. It does only what is missing
+and can be run again at any time.
 
 Not as root it changes nothing: it says what is missing, and the command with which an
 administrator sets it up, and exits 1 if anything is.
@@ -89,19 +90,19 @@ else
 	esac
 fi
 
-# Root cannot run a rootless Docker: it needs somebody who can.
-user=$(id -un)
-if [ "$user" = root ]; then
-	user=berth
+# Root cannot run a rootless Docker: it needs somebody who can, and a second one for what two of them do to each other.
+users=$(id -un)
+[ "$users" != root ] || users='berth berth2'
+for user in $users; do
 	id "$user" >/dev/null 2>&1 ||
 		need "there is no user $user to run a rootless Docker as" "useradd -m -s /bin/sh $user"
-fi
-# useradd gives subordinate ids, as a rule.
-range=$(free_subids)
-has_subids /etc/subuid "$user" || need "user $user has no subordinate ids in /etc/subuid" \
-	"touch /etc/subuid && usermod --add-subuids $range $user"
-has_subids /etc/subgid "$user" || need "user $user has no subordinate ids in /etc/subgid" \
-	"touch /etc/subgid && usermod --add-subgids $range $user"
+	# useradd gives subordinate ids, as a rule.
+	range=$(free_subids)
+	has_subids /etc/subuid "$user" || need "user $user has no subordinate ids in /etc/subuid" \
+		"touch /etc/subuid && usermod --add-subuids $range $user"
+	has_subids /etc/subgid "$user" || need "user $user has no subordinate ids in /etc/subgid" \
+		"touch /etc/subgid && usermod --add-subgids $range $user"
+done
 
 if [ -n "$todo" ]; then
 	echo "deps: ask an administrator to run this:"

@@ -11,8 +11,8 @@ import (
 	"strconv"
 )
 
-// testUser is the user whose stack it is when we are root. hack/deps.sh makes it.
-const testUser = "berth"
+// TestUsers are those whose stacks root runs. hack/deps.sh makes them.
+var TestUsers = [2]string{"berth", "berth2"}
 
 // account is the user that a stack runs as.
 type account struct {
@@ -21,7 +21,8 @@ type account struct {
 	uid, gid int
 }
 
-func stackAccount() (account, error) {
+// stackAccount returns our own account or, when we are root, the test user's.
+func stackAccount(testUser string) (account, error) {
 	if uid := os.Getuid(); uid != 0 {
 		home, err := os.UserHomeDir()
 		if err != nil {

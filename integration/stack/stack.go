@@ -60,11 +60,15 @@ type Stack struct {
 
 // At returns the place of the user's stack called name; "" is a name, too. Stacks with
 // different names can be up at the same time.
-func At(name string) (*Stack, error) {
+func At(name string) (*Stack, error) { return AtUser(name, TestUsers[0]) }
+
+// AtUser is [At] for root, with the test user that the stack runs as. Anyone else's stacks
+// are their own.
+func AtUser(name, testUser string) (*Stack, error) {
 	if !regexp.MustCompile(`^[a-z0-9-]*$`).MatchString(name) {
 		return nil, fmt.Errorf("stack name %q: want lower case letters, digits and dashes", name)
 	}
-	a, err := stackAccount()
+	a, err := stackAccount(testUser)
 	if err != nil {
 		return nil, err
 	}

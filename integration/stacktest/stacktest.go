@@ -58,13 +58,15 @@ func Main(m *testing.M) {
 var interrupted context.Context
 
 func downAndExit() {
-	s, err := place()
-	for deadline := time.Now().Add(10 * time.Second); err == nil && time.Now().Before(deadline); {
-		// The test may be at work there itself, for a moment.
-		if s.Down(interrupted) == nil {
-			break
+	for _, user := range stack.TestUsers {
+		s, err := place(user)
+		for deadline := time.Now().Add(10 * time.Second); err == nil && time.Now().Before(deadline); {
+			// The test may be at work there itself, for a moment.
+			if s.Down(interrupted) == nil {
+				break
+			}
+			time.Sleep(50 * time.Millisecond)
 		}
-		time.Sleep(50 * time.Millisecond)
 	}
 	os.Exit(1)
 }
@@ -122,14 +124,21 @@ type Daemon struct {
 // anything. Its log is kept in build/log when the test fails.
 func Start(t *testing.T, dockerd string, o stack.Options) *Daemon {
 	t.Helper()
+	return StartAs(t, stack.TestUsers[0], dockerd, o)
+}
+
+// StartAs is [Start] for root, with the test user that the stack runs as. A test can have one
+// stack of each.
+func StartAs(t *testing.T, testUser, dockerd string, o stack.Options) *Daemon {
+	t.Helper()
 	root, err := tree.Root()
 	assert.NilError(t, err)
-	s := At(t)
+	s := at(t, testUser)
 	if o.Bin == "" {
 		o.Bin = filepath.Join(root, "build", "bin")
 	}
 	o.Dockerd = filepath.Join(o.Bin, dockerd)
-	o.Log = filepath.Join(root, "build", "log", "test", strings.ReplaceAll(t.Name(), "/", "-")+".log")
+	o.Log = filepath.Join(root, "build", "log", "test", strings.ReplaceAll(t.Name(), "/", "-")+"-"+s.User()+".log")
 	t.Cleanup(func() {
 		if !t.Failed() {
 			assert.NilError(t, os.Remove(o.Log))
@@ -148,15 +157,20 @@ func Start(t *testing.T, dockerd string, o stack.Options) *Daemon {
 // package share a place; packages are tested side by side.
 func At(t *testing.T) *stack.Stack {
 	t.Helper()
-	s, err := place()
+	return at(t, stack.TestUsers[0])
+}
+
+func at(t *testing.T, testUser string) *stack.Stack {
+	t.Helper()
+	s, err := place(testUser)
 	assert.NilError(t, err)
 	assert.NilError(t, s.Down(t.Context()))
 	t.Cleanup(func() { assert.NilError(t, s.Down(context.Background())) })
 	return s
 }
 
-func place() (*stack.Stack, error) {
-	return stack.At("test-" + strings.TrimSuffix(filepath.Base(os.Args[0]), ".test"))
+func place(testUser string) (*stack.Stack, error) {
+	return stack.AtUser("test-"+strings.TrimSuffix(filepath.Base(os.Args[0]), ".test"), testUser)
 }
 
 // Docker runs the docker CLI and returns its output; the error has what it said.
