@@ -1,24 +1,18 @@
 package main
 
 import (
-	"errors"
-	"fmt"
-	"net/http"
-	"net/http/httptest"
-	"os"
 	"os/exec"
-	"path/filepath"
-	"slices"
-	"strings"
 	"testing"
 
 	"gotest.tools/v3/assert"
+
+	"berth/integration/stress"
 )
 
 func TestVerdict(t *testing.T) {
-	all := result{starts: 80, published: 80, answered: 80}
-	some := result{starts: 80, published: 60, answered: 60, inUse: 20}
-	strangers := result{starts: 80, published: 80, answered: 79, misdelivered: 1}
+	all := stress.Result{Starts: 80, Published: 80, Answered: 80}
+	some := stress.Result{Starts: 80, Published: 60, Answered: 60, InUse: 20}
+	strangers := stress.Result{Starts: 80, Published: 80, Answered: 79, Misdelivered: 1}
 	assert.NilError(t, verdict(some, all))
 	assert.NilError(t, verdict(strangers, all))
 	assert.ErrorContains(t, verdict(all, all), "the load proved nothing: stock failed none")
@@ -27,109 +21,6 @@ func TestVerdict(t *testing.T) {
 	err := verdict(all, some)
 	assert.ErrorContains(t, err, "only 60")
 	assert.ErrorContains(t, err, "stock failed none")
-}
-
-func TestParseResult(t *testing.T) {
-	const line = "stress: starts=3 published=2 inuse=1 other=0 answered=2 misdelivered=0 silent=0 median_ms=250 p95_ms=300 seconds=1.50\n"
-	r, err := parseResult("3 starts\n" + line)
-	assert.NilError(t, err)
-	assert.Equal(t, r, result{starts: 3, published: 2, inUse: 1, answered: 2, median: "250", p95: "300", seconds: 1.5})
-	for _, output := range []string{"", "3 starts\n", line + "and more\n", strings.Replace(line, "p95", "p99", 1)} {
-		_, err := parseResult(output)
-		assert.ErrorContains(t, err, "does not end with its line of results", "%q", output)
-	}
-}
-
-// fakeDocker is a docker CLI that starts no containers. What becomes of the n-th "run" is in
-// the folder $FAKE: error.n, or the id in id.n; the host address of container ID in port.ID.
-const fakeDocker = `#!/bin/sh
-set -eu
-cd "$FAKE"
-case $1 in
-version) ;;
-run)
-	n=1
-	until mkdir "run.$n" 2>/dev/null; do n=$((n + 1)); done
-	if [ -e "error.$n" ]; then
-		cat "error.$n" >&2
-		exit 125
-	fi
-	cat "id.$n"
-	;;
-port) sed 's/^/80\/tcp -> /' "port.$2" ;;
-ps) cat id.* ;;
-rm) echo "$3" >>removed ;;
-*) exit 1 ;;
-esac
-`
-
-func TestStressScriptCountsByCause(t *testing.T) {
-	fake := t.TempDir()
-	write := func(name, text string) {
-		t.Helper()
-		assert.NilError(t, os.WriteFile(filepath.Join(fake, name), []byte(text), 0o755))
-	}
-	write("docker", fakeDocker)
-	var ids []string
-	publish := func(n int, answer func(id string) string) {
-		t.Helper()
-		id := fmt.Sprintf("%012d%052d", n, 0)
-		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-			fmt.Fprintln(w, answer(id[:12]))
-		}))
-		t.Cleanup(server.Close)
-		write(fmt.Sprint("id.", n), id+"\n")
-		write("port."+id, server.Listener.Addr().String()+"\n")
-		ids = append(ids, id)
-	}
-	own := func(id string) string { return "Hostname: " + id }
-	const refused = "docker: Error response from daemon: failed to set up container networking: "
-	publish(1, own)
-	publish(2, own)
-	publish(3, func(string) string { return "a stranger" })
-	write("error.4", refused+"listen tcp4 0.0.0.0:32768: bind: address already in use\n\nRun 'docker run --help' for more information\n")
-	write("error.5", refused+"Bind for 127.0.0.1:8080 failed: port is already allocated\n")
-	write("error.6", refused+"bind: permission denied\n")
-	publish(7, own)
-	// All addresses must answer.
-	stranger := httptest.NewServer(http.NotFoundHandler())
-	t.Cleanup(stranger.Close)
-	at, err := os.ReadFile(filepath.Join(fake, "port."+ids[3]))
-	assert.NilError(t, err)
-	write("port."+ids[3], string(at)+stranger.Listener.Addr().String()+"\n")
-
-	script := func(args ...string) (string, error) {
-		cmd := exec.Command("../stress.sh", args...)
-		cmd.Env = append(os.Environ(), "FAKE="+fake, "PATH="+fake+":"+os.Getenv("PATH"), "DOCKER_HOST=unix:///nowhere")
-		out, err := cmd.CombinedOutput()
-		t.Logf("%s", out)
-		return string(out), err
-	}
-	out, err := script("-n", "7", "-c", "3")
-	exit, ok := errors.AsType[*exec.ExitError](err)
-	assert.Assert(t, ok && exit.ExitCode() == 1, err)
-	r, err := parseResult(out)
-	assert.NilError(t, err)
-	r.median, r.p95, r.seconds = "", "", 0
-	assert.Equal(t, r, result{starts: 7, published: 4, inUse: 2, other: 1, answered: 2, misdelivered: 2})
-	removed, err := os.ReadFile(filepath.Join(fake, "removed"))
-	assert.NilError(t, err)
-	got := strings.Fields(string(removed))
-	slices.Sort(got)
-	assert.DeepEqual(t, got, ids)
-
-	// The first two again, and kept.
-	for n := range 7 {
-		assert.NilError(t, os.Remove(filepath.Join(fake, fmt.Sprint("run.", n+1))))
-	}
-	out, err = script("-n", "2", "-k")
-	assert.NilError(t, err)
-	r, err = parseResult(out)
-	assert.NilError(t, err)
-	assert.Equal(t, r.answered, 2)
-	again, err := os.ReadFile(filepath.Join(fake, "removed"))
-	assert.NilError(t, err)
-	assert.Equal(t, string(again), string(removed))
 }
 
 func TestQuote(t *testing.T) {

@@ -2,7 +2,7 @@
 // through upstream's dockerd-rootless.sh, as an ordinary user.
 //
 // The stack belongs to the current user or, when that is root (dockerd-rootless.sh
-// refuses root), to the user "berth". Everything it makes, and a copy of all it runs,
+// refuses root), to one of [TestUsers]. Everything it makes, and a copy of all it runs,
 // lies beneath one directory in that user's home, so that it runs from a checkout which
 // the user cannot enter, and [Stack.Down] can remove it and show that nothing is left.
 package stack
