@@ -1,6 +1,6 @@
 # `make` lists the targets. All that is built goes to build/.
 .DEFAULT_GOAL := help
-.PHONY: help deps build stress test check bench clean
+.PHONY: help deps build stress users test check bench clean
 .NOTPARALLEL: # go uses all processors itself, and the order of what a target needs is meant
 
 BERTH := build/bin/berth
@@ -10,7 +10,7 @@ CODE  := $(wildcard daemon hack integration)
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-deps: ## set up the system: packages, /dev/net/tun, a test user (as root; else say what is missing)
+deps: ## set up the system: packages, /dev/net/tun, test users (as root; else say what is missing)
 	@hack/deps.sh
 
 build: ## build the patched Docker, and the stock one beside it, into build/bin
@@ -19,6 +19,9 @@ build: ## build the patched Docker, and the stock one beside it, into build/bin
 
 stress: deps build ## watch stock fail and Berth not: 80 starts on a busy host, with each
 	@$(BERTH) stress
+
+users: deps build ## watch two users' daemons start containers at once, stock and Berth (as root; build/results/users.json)
+	go test -tags integration -count=1 -v -run '^TestTwoUsersStartAtOnce$$' ./integration/e2e
 
 test: deps check build ## everything: check, then the end-to-end test on real stacks
 	@$(BERTH) build pasta

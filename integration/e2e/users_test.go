@@ -1,0 +1,84 @@
+//go:build integration
+
+package e2e
+
+import (
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+
+	"gotest.tools/v3/assert"
+
+	"berth/hack/tree"
+	"berth/integration/stack"
+	"berth/integration/stacktest"
+	"berth/integration/stress"
+)
+
+// Two users' daemons on one host start from the same first port, and each one's ports are
+// taken for the other. What came of it, with stock and with Berth, is also written to
+// build/results/users.json.
+func TestTwoUsersStartAtOnce(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("running two users' stacks takes root")
+	}
+	stock := startAtOnce(t, "stock", "dockerd-stock", 50) // it fails from the first ones on
+	berth := startAtOnce(t, "Berth", "dockerd", 100)
+
+	var table strings.Builder
+	results := append(stock, berth...)
+	stress.PrintTable(&table, results...)
+	t.Logf("\n%s", &table)
+	report, err := json.MarshalIndent(results, "", "  ")
+	assert.NilError(t, err)
+	root, err := tree.Root()
+	assert.NilError(t, err)
+	dir := filepath.Join(root, "build", "results")
+	assert.NilError(t, os.MkdirAll(dir, 0o755))
+	assert.NilError(t, os.WriteFile(filepath.Join(dir, "users.json"), append(report, '\n'), 0o644))
+
+	for _, r := range stock {
+		assert.Assert(t, r.Published < r.Starts, "%s failed none: nothing is shown", r.Name)
+	}
+	for _, r := range berth {
+		assert.Equal(t, r.Answered, r.Starts, r.Name)
+	}
+}
+
+// startAtOnce has two users start as many containers each, at the same time.
+func startAtOnce(t *testing.T, name, dockerd string, starts int) (results []stress.Result) {
+	t.Run(name, func(t *testing.T) {
+		root, err := tree.Root()
+		assert.NilError(t, err)
+		var scripts []stress.Script
+		for _, user := range stack.TestUsers {
+			d := stacktest.StartAs(t, user, dockerd, stack.Options{})
+			out := new(strings.Builder)
+			t.Cleanup(func() { t.Logf("%s's %s:\n%s", user, name, out) })
+			scripts = append(scripts, stress.Script{
+				Repository: root,
+				Bin:        filepath.Join(root, "build", "bin"),
+				Host:       d.Host(),
+				Starts:     starts,
+				AtOnce:     4,
+				Out:        out,
+				Err:        out,
+			})
+		}
+		results = make([]stress.Result, len(scripts))
+		errs := make([]error, len(scripts))
+		var wg sync.WaitGroup
+		for i, s := range scripts {
+			wg.Go(func() { results[i], errs[i] = s.Run(t.Context()) })
+		}
+		wg.Wait()
+		for i, user := range stack.TestUsers {
+			assert.NilError(t, errs[i])
+			results[i].Name = name + ", user " + user
+		}
+	})
+	return results
+}
