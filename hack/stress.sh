@@ -194,6 +194,7 @@ stopped=
 trap clean_up EXIT
 trap 'interrupted 130' INT
 trap 'interrupted 143' TERM HUP
+trap 'exit 141' PIPE # without it, the shell ends at once when nobody reads what it says
 
 begin=$(now)
 parallel worker

@@ -117,3 +117,19 @@ func TestStressScriptCountsByCause(t *testing.T) {
 	assert.NilError(t, err)
 	assert.Equal(t, string(again), string(removed))
 }
+
+func TestStressScriptCleansUpWhenNobodyReads(t *testing.T) {
+	bin, tmp := t.TempDir(), t.TempDir()
+	assert.NilError(t, os.WriteFile(filepath.Join(bin, "docker"), []byte("#!/bin/sh\n[ $1 != run ]\n"), 0o755))
+	r, w, err := os.Pipe()
+	assert.NilError(t, err)
+	assert.NilError(t, r.Close())
+	cmd := exec.Command("../../hack/stress.sh", "-n", "1")
+	cmd.Env = append(os.Environ(), "PATH="+bin+":"+os.Getenv("PATH"), "DOCKER_HOST=unix:///nowhere", "TMPDIR="+tmp)
+	cmd.Stdout = w
+	assert.Assert(t, cmd.Run() != nil)
+	assert.NilError(t, w.Close())
+	left, err := os.ReadDir(tmp)
+	assert.NilError(t, err)
+	assert.Equal(t, len(left), 0, "left in TMPDIR: %v", left)
+}
