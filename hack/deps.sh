@@ -32,8 +32,8 @@ esac
 
 # uidmap, iproute2, iptables: RootlessKit's and dockerd's. procps, util-linux: ps and setpriv, for the stack and its tests.
 # gcc, libc6-dev: runc, pasta and the race detector. libseccomp-dev, pkg-config: runc. debian-archive-keyring, xz-utils: pasta.
-# curl: hack/stress.sh. The rest: make and its tests.
-packages='ca-certificates curl debian-archive-keyring gcc git iproute2 iptables libc6-dev libseccomp-dev make pkg-config procps shellcheck
+# curl: hack/stress.sh. slirp4netns: tests of its port driver. The rest: make and its tests.
+packages='ca-certificates curl debian-archive-keyring gcc git iproute2 iptables libc6-dev libseccomp-dev make pkg-config procps shellcheck slirp4netns
 uidmap util-linux xz-utils'
 root=$(cd "$(dirname "$0")/.." && pwd)
 failed=no # something is missing that this script cannot set up

@@ -13,10 +13,11 @@ import (
 )
 
 // With RootlessKit's port driver "implicit", nobody is asked for a host port:
-// pasta watches the child namespace, and binds on both of the host's wildcard
-// addresses what is bound there. If it can't, since another process has the
-// port, it says so to nobody: the container's traffic goes to a stranger. So,
-// where the host can be seen, such a port is looked at first.
+// pasta watches the child namespace, and binds on the host what is bound there,
+// on the wildcard address. If it can't, since another process has the port, it
+// says so to nobody: the container's traffic goes to a stranger. So, where the
+// host can be seen, such a port is looked at first: for both families, since
+// the daemon reports it for both.
 
 // pastaDelay is how long pasta may take to bind a port: up to 0.7 s were seen.
 const pastaDelay = 2 * time.Second
