@@ -2,6 +2,7 @@ package nat
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -106,7 +107,10 @@ func (a *attempt) publish(ctx context.Context) (retErr error) {
 		}
 	}()
 	// An outcome that isn't known can't be undone: see each request through.
-	callCtx := context.WithoutCancel(ctx)
+	callCtx := ctx
+	if ctx.Done() != nil {
+		callCtx = context.WithoutCancel(ctx)
+	}
 	unsupported := 0
 	for i := range a.bindings {
 		pb := &a.bindings[i]
@@ -115,6 +119,9 @@ func (a *attempt) publish(ctx context.Context) (retErr error) {
 		}
 		var err error
 		pb.PortDriverRemove, err = a.pdc.AddPort(callCtx, pb.Proto.String(), addrOf(pb.HostIP), addrOf(pb.ChildHostIP), a.port)
+		if err == nil {
+			continue
+		}
 		if isUnsupported(err) {
 			log.G(ctx).WithFields(log.Fields{"error": err}).Warnf("discarding request for %q", hostPort(pb.HostIP, a.port))
 			pb.RootlesskitUnsupported = true
@@ -129,27 +136,29 @@ func (a *attempt) publish(ctx context.Context) (retErr error) {
 				"hostIP": pb.HostIP, "port": a.port, "proto": pb.Proto, "error": err,
 			}).Warn("RootlessKit's answer was lost, it may hold the host port: reserved until the daemon restarts")
 		}
-		if err != nil {
-			return &hostRefusal{hostIP: addrOf(pb.HostIP), port: a.port, proto: pb.Proto, err: err}
-		}
+		return &hostRefusal{hostIP: addrOf(pb.HostIP), port: a.port, proto: pb.Proto, err: err}
 	}
 	return ctx.Err()
 }
 
 // unexposeAll undoes publish, as far as it got.
 func (a *attempt) unexposeAll(ctx context.Context) {
+	var failed []portmapperapi.PortBinding
 	for i, pb := range slices.Backward(a.bindings) {
 		if err := unexpose(pb); err != nil {
-			log.G(ctx).WithFields(log.Fields{"error": err}).Debug("Failed to undo a port request, trying again")
-			release := a.release
-			if a.kept { // Another one's is to be removed, too, or was lost.
-				release = func() {}
-			}
-			a.kept = true
-			go unexposeAgain(ctx, pb, release)
+			failed = append(failed, pb)
 		}
 		a.bindings[i].PortDriverRemove = nil
 	}
+	if failed == nil {
+		return
+	}
+	release := a.release
+	if a.kept { // For good.
+		release = func() {}
+	}
+	a.kept = true
+	go unexposeAgain(ctx, failed, release)
 }
 
 // closeSockets frees the port in the child namespace. It remains reserved.
@@ -182,18 +191,27 @@ func unexpose(pb portmapperapi.PortBinding) error {
 	return nil
 }
 
-// unexposeAgain removes pb's port from the host after a removal that failed,
-// and releases it. If it can't, RootlessKit has it until it ends with the daemon.
-func unexposeAgain(ctx context.Context, pb portmapperapi.PortBinding, release func()) {
+// unexposeAgain removes the ports of pbs from the host, after removals that
+// failed, then calls release. Those that it can't remove RootlessKit has until
+// it ends, with the daemon: it refuses them itself if they are asked for again.
+func unexposeAgain(ctx context.Context, pbs []portmapperapi.PortBinding, release func()) {
 	defer release()
-	var err error
+	var errs []error
 	for _, wait := range removeWaits {
 		time.Sleep(wait)
-		if err = unexpose(pb); err == nil {
+		errs = nil
+		pbs = slices.DeleteFunc(pbs, func(pb portmapperapi.PortBinding) bool {
+			err := unexpose(pb)
+			if err != nil {
+				errs = append(errs, err)
+			}
+			return err == nil
+		})
+		if len(pbs) == 0 {
 			return
 		}
 	}
-	log.G(ctx).WithFields(log.Fields{"binding": pb.PortBinding, "error": err}).Warn("Failed to remove a host port, RootlessKit may hold it until the daemon restarts")
+	log.G(ctx).WithFields(log.Fields{"error": errors.Join(errs...)}).Warn("RootlessKit may hold a host port until the daemon restarts")
 }
 
 // removeWaits is how long to wait each time before another removal.

@@ -48,12 +48,11 @@ func findHolder(proto types.Protocol, addr netip.Addr, port int, end time.Time) 
 			continue
 		}
 		for _, s := range socks {
-			at := addrOf(s.ID.Source)
-			if int(s.ID.SourcePort) != port || s.INode == 0 || at != addr && !at.IsUnspecified() && !addr.IsUnspecified() {
+			if int(s.ID.SourcePort) != port || s.INode == 0 || !inTheWay(addrOf(s.ID.Source), addr) {
 				continue
 			}
 			// One that listens is in the way more than a connection.
-			if found == nil || s.State == netlink.TCP_LISTEN {
+			if found == nil || s.State == netlink.TCP_LISTEN && found.State != netlink.TCP_LISTEN {
 				found = s
 			}
 		}
@@ -67,6 +66,18 @@ func findHolder(proto types.Protocol, addr netip.Addr, port int, end time.Time) 
 		return fmt.Sprintf("a container's process (of user %d in this daemon's user namespace)", found.UID)
 	}
 	return processWithSocket(found.INode, end)
+}
+
+// inTheWay tells whether a socket that is bound to at keeps another one from
+// addr. An IPv6 socket may be bound to the IPv4 wildcard address as well.
+func inTheWay(at, addr netip.Addr) bool {
+	switch {
+	case at == addr, at == netip.IPv6Unspecified():
+		return true
+	case at.Is4() != addr.Is4():
+		return false
+	}
+	return at.IsUnspecified() || addr.IsUnspecified()
 }
 
 // processWithSocket names the process that has the socket open, as far as

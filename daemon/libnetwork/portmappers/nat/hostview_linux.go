@@ -4,7 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
+	"math/rand/v2"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -54,12 +54,24 @@ type hostView struct {
 	// What is looked at: the ports first to last without those reserved, from
 	// the one at index start on, and around. The next look is at index next.
 	first, last int
-	reserved    []portInterval
+	reserved    portSet
 	start, next int
-	taken       bool // taken is set when a port was passed since it is in use.
+
+	refused lookRefusal // refused is the last port that was passed.
+	taken   bool        // taken is set when any was passed since it is in use.
 }
 
-type portInterval struct{ first, last int }
+// lookRefusal is what the kernel said of a port.
+type lookRefusal struct {
+	addr  netip.Addr
+	port  int
+	errno error // errno is nil if no port was refused.
+}
+
+// portSet has a bit for each port; nil is the empty set.
+type portSet []uint64
+
+func (s portSet) has(port int) bool { return s != nil && s[port/64]&(1<<(port%64)) != 0 }
 
 // newHostView returns a view for a search for a host port that serves reqs, or
 // nil if the host can't be seen: unless the process is on the host and the
@@ -78,8 +90,11 @@ func newHostView(ctx context.Context, reqs []portmapperapi.PortBindingReq) *host
 		v.addrs = append(v.addrs, addrOf(req.HostIP))
 	}
 	if v.first == 0 && v.last == 0 {
-		sysctls, ok := hostSysctls()
-		if !ok {
+		sysctls, err := hostSysctls.open()
+		if err != nil {
+			logSysctls.Do(func() {
+				log.G(ctx).WithFields(log.Fields{"error": err}).Warn("The host's dynamic port range cannot be read: asking the port driver for ports of the child's")
+			})
 			return nil
 		}
 		v.first, v.last, v.reserved = sysctls.dynamicPorts(ctx)
@@ -103,11 +118,8 @@ func (v *hostView) lookForPasta() {
 	}
 }
 
-// leads tells whether the view chooses the port, or what was asked for is
-// asked of the port driver.
-func (v *hostView) leads(fixed bool) bool {
-	return !fixed || v.implicit && !ownPorts.has(v.first)
-}
+// isOwn tells whether port may be bound by this daemon's own pasta.
+func (v *hostView) isOwn(port int) bool { return v.implicit && ownPorts.has(port) }
 
 // count returns the number of ports from first to last.
 func (v *hostView) count() int { return v.last - v.first + 1 }
@@ -118,16 +130,26 @@ func (v *hostView) port(i int) int { return v.first + (v.start+i)%v.count() }
 // restart makes the next free look at all of the ports again.
 func (v *hostView) restart() { v.next, v.taken = 0, false }
 
-// free returns the next port that is free on all of the view's addresses, or 0
-// if there are no more, and how many ports it passed for that. An error means
-// that looking doesn't help.
+// jump makes the next free look at all of the ports again, from anywhere on.
+func (v *hostView) jump() {
+	v.start = rand.N(v.count())
+	v.restart()
+}
+
+// free returns the next port that may be free on all of the view's addresses,
+// or 0 if there are no more, and how many it passed before. An error means that
+// looking doesn't help: a hostRefusal, that no port will do.
 func (v *hostView) free() (port, passed int, err error) {
 	from := v.next
-	seen := onHost(func() { port, err = v.find() })
-	if !seen {
-		err = errors.New("no thread on the host")
+	if !onHost(func() { port, err = v.find() }) {
+		return 0, 0, errors.New("no thread on the host")
 	}
-	return port, v.next - from, err
+	for i := from; i < v.next; i++ {
+		if p := v.port(i); p != port && !v.reserved.has(p) {
+			passed++
+		}
+	}
+	return port, passed, err
 }
 
 // find is free, on the host. It leaves no socket open.
@@ -154,9 +176,12 @@ func (v *hostView) find() (int, error) {
 		for n, agreed := 0, 0; agreed < len(v.addrs); n = (n + 1) % len(v.addrs) {
 			closeSock(n)
 			fd, at, err := v.bindFrom(v.addrs[n], i)
-			if fd < 0 {
-				v.next = v.count()
+			if err != nil {
 				return 0, err
+			}
+			if at == v.count() {
+				v.next = at
+				return 0, nil
 			}
 			socks[n] = fd
 			if at != i {
@@ -165,47 +190,63 @@ func (v *hostView) find() (int, error) {
 			agreed++
 		}
 		v.next = i + 1
-		if v.proto != types.TCP || v.listen(socks) {
+		if v.proto != types.TCP || v.listen(socks, v.port(i)) {
 			return v.port(i), nil
 		}
 	}
 }
 
 // bindFrom binds a socket to addr and the first port that is free there, from
-// the one at index i on, and returns that port's index. The socket is -1 if
-// there is none. A failed bind leaves a socket as it was, so one does for all:
-// a taken port costs one system call.
-func (v *hostView) bindFrom(addr netip.Addr, i int) (fd, at int, err error) {
-	fd, err = v.socket(addr)
+// the one at index i on, and returns that port's index, or count if there is
+// none. A failed bind leaves a socket as it was, so one does for all: a taken
+// port costs one system call. Where the socket is -1, it can't be told from here
+// whether the port is free.
+func (v *hostView) bindFrom(addr netip.Addr, i int) (fd, at int, _ error) {
+	fd, err := v.socket(addr)
 	if err != nil {
 		return -1, 0, err
 	}
+	sa, setPort := sockaddr(addr)
 	for ; i < v.count(); i++ {
 		port := v.port(i)
-		if v.isReserved(port) {
+		if v.reserved.has(port) {
 			continue
 		}
-		switch err := unix.Bind(fd, sockaddr(addr, port)); err {
-		case nil:
+		setPort(port)
+		err := unix.Bind(fd, sa)
+		if err == nil {
 			return fd, i, nil
-		case unix.EADDRINUSE:
-			v.taken = true
-		case unix.EACCES: // Privileged.
-		default:
-			unix.Close(fd)
-			return -1, 0, err
 		}
+		v.refused = lookRefusal{addr, port, err}
+		switch {
+		case err == unix.EADDRINUSE && !v.isOwn(port):
+			v.taken = true
+			continue
+		case err == unix.EACCES && v.implicit:
+			continue // Privileged: pasta has no more rights than this process.
+		case err == unix.EADDRINUSE, err == unix.EACCES:
+			// Our pasta's own, or one that RootlessKit may have the capability for.
+			unix.Close(fd)
+			return -1, i, nil
+		case err == unix.EADDRNOTAVAIL:
+			err = v.refusal()
+		}
+		unix.Close(fd)
+		return -1, 0, err
 	}
 	unix.Close(fd)
-	return -1, 0, nil
+	return -1, i, nil
 }
 
-// listen tells whether all of socks can. With SO_REUSEADDR, two sockets may be
-// bound to a port of which one may listen.
-func (v *hostView) listen(socks []int) bool {
-	for _, fd := range socks {
+// listen tells whether all of socks, which are bound to port, can. With
+// SO_REUSEADDR, two sockets may be bound to a port of which one may listen.
+func (v *hostView) listen(socks []int, port int) bool {
+	for n, fd := range socks {
+		if fd < 0 {
+			continue
+		}
 		if err := unix.Listen(fd, 1); err != nil {
-			v.taken = true
+			v.refused, v.taken = lookRefusal{v.addrs[n], port, err}, true
 			return false
 		}
 	}
@@ -238,30 +279,32 @@ func (v *hostView) socket(addr netip.Addr) (int, error) {
 	return fd, nil
 }
 
-func sockaddr(addr netip.Addr, port int) unix.Sockaddr {
+// sockaddr returns the address of a port on addr, and what sets the port.
+func sockaddr(addr netip.Addr) (sa unix.Sockaddr, setPort func(int)) {
 	if addr.Is6() {
-		return &unix.SockaddrInet6{Addr: addr.As16(), Port: port}
+		sa := &unix.SockaddrInet6{Addr: addr.As16()}
+		return sa, func(port int) { sa.Port = port }
 	}
-	return &unix.SockaddrInet4{Addr: addr.As4(), Port: port}
+	sa4 := &unix.SockaddrInet4{Addr: addr.As4()}
+	return sa4, func(port int) { sa4.Port = port }
 }
 
-func (v *hostView) isReserved(port int) bool {
-	for _, r := range v.reserved {
-		if r.first <= port && port <= r.last {
-			return true
-		}
+// refusal is an error for the last port that was passed, with the text that
+// RootlessKit's builtin port driver would give.
+func (v *hostView) refusal() error {
+	r := v.refused
+	if r.errno == nil {
+		return fmt.Errorf("all ports are reserved on the host (net.ipv4.ip_local_reserved_ports)")
 	}
-	return false
+	return &hostRefusal{hostIP: r.addr, port: r.port, proto: v.proto, err: v.listenError(r.addr, r.port, r.errno)}
 }
 
-// refusal tells why port can't be had on one of the view's addresses.
-func (v *hostView) refusal(port int) error {
-	for _, addr := range v.addrs {
-		if err := v.look(addr, port); err != nil {
-			return &hostRefusal{hostIP: addr, port: port, proto: v.proto, err: err}
-		}
+func (v *hostView) listenError(addr netip.Addr, port int, err error) error {
+	family := "4"
+	if addr.Is6() {
+		family = "6"
 	}
-	return fmt.Errorf("host port %d/%s is reserved", port, v.proto)
+	return fmt.Errorf("listen %s%s %s: bind: %w", v.proto, family, netip.AddrPortFrom(addr, uint16(port)), err)
 }
 
 // look tells why port can't be had on addr, with the text that RootlessKit's
@@ -273,19 +316,15 @@ func (v *hostView) look(addr netip.Addr, port int) (err error) {
 			return
 		}
 		defer unix.Close(fd)
-		call := "bind"
-		err = unix.Bind(fd, sockaddr(addr, port))
-		if err == nil && v.proto == types.TCP {
-			call, err = "listen", unix.Listen(fd, 1)
-		}
-		if err != nil {
-			family := "4"
-			if addr.Is6() {
-				family = "6"
-			}
-			err = fmt.Errorf("listen %s%s %s: %s: %w", v.proto, family, netip.AddrPortFrom(addr, uint16(port)), call, err)
+		sa, setPort := sockaddr(addr)
+		setPort(port)
+		if err = unix.Bind(fd, sa); err == nil && v.proto == types.TCP {
+			err = unix.Listen(fd, 1)
 		}
 	})
+	if err != nil {
+		err = v.listenError(addr, port, err)
+	}
 	return err
 }
 
@@ -298,39 +337,55 @@ func onHost(f func()) bool {
 		runtime.LockOSThread()
 		defer runtime.UnlockOSThread()
 		seen := netNSAt("/proc/thread-self/ns/net") == hostNetNS
+		defer func() { done <- seen }()
 		if seen {
 			f()
 		}
-		done <- seen
 	}()
 	return <-done
 }
 
-// sysctls has the files of the host's settings, which a read at offset 0 gives
-// anew each time, whichever thread reads.
-type sysctls struct{ portRange, reserved *os.File }
+// hostSysctls has the files of the host's settings, which a read at offset 0
+// gives anew each time, whichever thread reads.
+var hostSysctls sysctls
 
-// hostSysctls opens the host's settings, once.
-var hostSysctls = sync.OnceValues(func() (s sysctls, ok bool) {
-	seen := onHost(func() {
-		var err1, err2 error
-		s.portRange, err1 = os.Open("/proc/sys/net/ipv4/ip_local_port_range")
-		s.reserved, err2 = os.Open("/proc/sys/net/ipv4/ip_local_reserved_ports")
-		ok = err1 == nil && err2 == nil
+type sysctls struct {
+	mu                  sync.Mutex
+	portRange, reserved *os.File
+}
+
+// open returns s once its files are open.
+func (s *sysctls) open() (*sysctls, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.reserved != nil {
+		return s, nil
+	}
+	err := errors.New("no thread on the host")
+	onHost(func() {
+		var portRange, reserved *os.File
+		if portRange, err = os.Open("/proc/sys/net/ipv4/ip_local_port_range"); err != nil {
+			return
+		}
+		if reserved, err = os.Open("/proc/sys/net/ipv4/ip_local_reserved_ports"); err != nil {
+			portRange.Close()
+			return
+		}
+		s.portRange, s.reserved = portRange, reserved
 	})
-	return s, seen && ok
-})
+	return s, err
+}
 
 // dynamicPorts returns what the host's administrator set (ip-sysctl.rst), or
 // the allocator's range if that can't be understood.
-func (s sysctls) dynamicPorts(ctx context.Context) (first, last int, reserved []portInterval) {
+func (s *sysctls) dynamicPorts(ctx context.Context) (first, last int, reserved portSet) {
 	first, last, err := parsePortRange(readSysctl(s.portRange))
 	if err == nil {
-		reserved, err = parsePortIntervals(readSysctl(s.reserved))
+		reserved, err = parsePortSet(readSysctl(s.reserved))
 	}
 	if err != nil {
 		logSysctls.Do(func() {
-			log.G(ctx).WithFields(log.Fields{"error": err}).Warn("The host's dynamic port range cannot be read: using the allocator's")
+			log.G(ctx).WithFields(log.Fields{"error": err}).Warn("The host's dynamic port range cannot be understood: using the allocator's")
 		})
 		f, l := portallocator.GetPortRange()
 		return int(f), int(l), nil
@@ -340,9 +395,15 @@ func (s sysctls) dynamicPorts(ctx context.Context) (first, last int, reserved []
 
 var logSysctls sync.Once
 
+// readSysctl returns a setting in one read: the kernel has no more to say at
+// another offset, and cuts what the buffer can't take.
 func readSysctl(f *os.File) string {
-	text, _ := io.ReadAll(io.NewSectionReader(f, 0, 1<<20)) // A short text is found out by its parser.
-	return strings.TrimSpace(string(text))
+	for size := 4096; ; size *= 2 {
+		buf := make([]byte, size)
+		if n, _ := f.ReadAt(buf, 0); n < size { // With io.EOF.
+			return strings.TrimSpace(string(buf[:n]))
+		}
+	}
 }
 
 func parsePortRange(text string) (first, last int, err error) {
@@ -358,23 +419,25 @@ func parsePortRange(text string) (first, last int, err error) {
 	return first, last, nil
 }
 
-// parsePortIntervals parses "8080,9000-9010".
-func parsePortIntervals(text string) ([]portInterval, error) {
-	var list []portInterval
+// parsePortSet parses "8080,9000-9010".
+func parsePortSet(text string) (portSet, error) {
+	if text == "" {
+		return nil, nil
+	}
+	set := make(portSet, 65536/64)
 	for part := range strings.SplitSeq(text, ",") {
-		if part == "" {
-			continue
-		}
 		a, b, isRange := strings.Cut(part, "-")
 		if !isRange {
 			b = a
 		}
-		first, err1 := strconv.Atoi(a)
-		last, err2 := strconv.Atoi(b)
+		first, err1 := strconv.ParseUint(a, 10, 16)
+		last, err2 := strconv.ParseUint(b, 10, 16)
 		if err := errors.Join(err1, err2); err != nil {
 			return nil, fmt.Errorf("ip_local_reserved_ports is %q: %w", text, err)
 		}
-		list = append(list, portInterval{first, last})
+		for p := first; p <= last; p++ {
+			set[p/64] |= 1 << (p % 64)
+		}
 	}
-	return list, nil
+	return set, nil
 }

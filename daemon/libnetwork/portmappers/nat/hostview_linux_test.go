@@ -7,7 +7,6 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
-	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -121,7 +120,7 @@ func TestOwnPortsOfARangeAreNotWaitedForWithAView(t *testing.T) {
 		published(t, f, request(types.TCP, 8000, 8001, "0.0.0.0"))
 		published(t, f, request(types.TCP, 8000, 8001, "0.0.0.0"))
 		err := refused(t, f, context.Background(), request(types.TCP, 8000, 8001, "0.0.0.0"))
-		assert.Check(t, is.ErrorContains(err, "address already in use"))
+		assert.Check(t, is.ErrorContains(err, "2 tried, and none can be had: all ports are allocated; stop the container"))
 		assert.Check(t, is.Equal(time.Since(start), time.Duration(0)))
 	})
 }
@@ -144,20 +143,84 @@ func TestHostsDynamicRangeCounts(t *testing.T) {
 	setSysctl(t, "ip_local_reserved_ports", "41000-41005")
 	err := refused(t, f, context.Background(), request(types.TCP, 0, 0, "127.0.0.1"))
 	assert.Check(t, is.ErrorContains(err, "dynamic host port (41000-41005)"))
-	assert.Check(t, is.ErrorContains(err, "is reserved"))
+	assert.Check(t, is.ErrorContains(err, "0 tried"))
+	assert.Check(t, is.ErrorContains(err, "all ports are reserved on the host"))
 }
 
-func TestPrivilegedHostPortsArePassed(t *testing.T) {
+// RootlessKit may have a capability that the daemon has not got on the host;
+// pasta has not.
+func TestPrivilegedHostPorts(t *testing.T) {
+	for name, want := range map[string]int{"port driver": 1000, "pasta": 1024} {
+		t.Run(name, func(t *testing.T) {
+			inChild(t)
+			withoutCapability(t, unix.CAP_NET_BIND_SERVICE)
+			v := newHostView(context.Background(), request(types.TCP, 1000, 1100, "0.0.0.0"))
+			assert.Assert(t, v != nil)
+			if name == "pasta" {
+				v.lookForPasta()
+			}
+			// On this thread: those on the test's host have the capability.
+			port, err := v.find()
+			assert.NilError(t, err)
+			assert.Check(t, is.Equal(port, want))
+			assert.Check(t, !v.taken)
+		})
+	}
+}
+
+// What the kernel says of a port, but that it's taken, is for RootlessKit to say.
+func TestLookThatDoesNotHelp(t *testing.T) {
+	f := newHostFake(t)
 	inChild(t)
-	withoutCapability(t, unix.CAP_NET_BIND_SERVICE)
-	v := newHostView(context.Background(), request(types.TCP, 1000, 1100, "0.0.0.0"))
-	assert.Assert(t, v != nil)
-	// On this thread: those on the host have the capability that a rootless
-	// daemon has not got there.
-	port, err := v.find()
-	assert.NilError(t, err)
-	assert.Check(t, is.Equal(port, 1024))
-	assert.Check(t, !v.taken)
+	err := refused(t, f, context.Background(), request(types.TCP, 0, 0, "fe80::1")) // EINVAL: no zone.
+	assert.Check(t, is.Equal(f.calls, maxUnsure))
+	assert.Check(t, is.ErrorContains(err, "invalid argument"))
+}
+
+func TestAddressThatTheHostHasNot(t *testing.T) {
+	f := newHostFake(t)
+	inChild(t)
+	occupy(t, "tcp", "127.0.0.1", 32768, 32768)
+	err := refused(t, f, context.Background(), request(types.TCP, 0, 0, "127.0.0.1", "192.0.2.1"))
+	assert.Check(t, is.ErrorIs(err, unix.EADDRNOTAVAIL))
+	assert.Check(t, is.ErrorContains(err, "listen tcp4 192.0.2.1:"))
+	assert.Check(t, is.Equal(f.calls, 0))
+}
+
+// A port driver that refuses what looks free is asked in order, then at random.
+func TestPortsThatOnlyThePortDriverRefuses(t *testing.T) {
+	f := newHostFake(t)
+	inChild(t)
+	f.holdRange(32768, 32768+999)
+	published(t, f, request(types.TCP, 0, 0, "0.0.0.0"))
+	assert.Check(t, f.calls > inOrder && f.calls < 64, "%d calls", f.calls)
+}
+
+func TestPortsReservedOrOwnAreNotWaitedFor(t *testing.T) {
+	f := newHostFake(t)
+	synctest.Test(t, func(t *testing.T) {
+		inChild(t)
+		setSysctl(t, "ip_local_port_range", "40000 40001")
+		setSysctl(t, "ip_local_reserved_ports", "40000")
+		start := time.Now()
+		published(t, f, request(types.TCP, 0, 0, "127.0.0.2"))
+		err := refused(t, f, context.Background(), request(types.TCP, 0, 0, "0.0.0.0"))
+		assert.Check(t, is.ErrorContains(err, "1 tried, and none can be had: all ports are allocated"))
+		assert.Check(t, is.Equal(time.Since(start), time.Duration(0)))
+	})
+}
+
+func TestLongListOfReservedPorts(t *testing.T) {
+	inChild(t)
+	var list []string
+	for port := 40000; port < 42000; port += 2 {
+		list = append(list, fmt.Sprint(port))
+	}
+	setSysctl(t, "ip_local_reserved_ports", strings.Join(list, ","))
+	v := newHostView(context.Background(), request(types.TCP, 0, 0, "0.0.0.0"))
+	for port := 40000; port < 42000; port++ {
+		assert.Check(t, is.Equal(v.reserved.has(port), port%2 == 0), port)
+	}
 }
 
 func TestWhatASlirpShrugMeans(t *testing.T) {
@@ -231,13 +294,15 @@ func TestSysctlsThatCannotBeUnderstood(t *testing.T) {
 		_, _, err := parsePortRange(text)
 		assert.Check(t, is.ErrorContains(err, "ip_local_port_range"), text)
 	}
-	for _, text := range []string{"a", "1-b", "-", "1-2-3"} {
-		_, err := parsePortIntervals(text)
+	for _, text := range []string{"a", "1-b", "-", "1-2-3", "65536"} {
+		_, err := parsePortSet(text)
 		assert.Check(t, is.ErrorContains(err, "ip_local_reserved_ports"), text)
 	}
-	list, err := parsePortIntervals("8080,9000-9010")
+	set, err := parsePortSet("8080,9000-9010,65535")
 	assert.Check(t, err)
-	assert.Check(t, slices.Equal(list, []portInterval{{8080, 8080}, {9000, 9010}}))
+	for port, want := range map[int]bool{8079: false, 8080: true, 8081: false, 8999: false, 9000: true, 9010: true, 9011: false, 65535: true} {
+		assert.Check(t, is.Equal(set.has(port), want), port)
+	}
 
 	empty, err := os.Open(os.DevNull)
 	assert.NilError(t, err)
@@ -245,7 +310,7 @@ func TestSysctlsThatCannotBeUnderstood(t *testing.T) {
 	ctx, hook := logged()
 	logSysctls = sync.Once{}
 	for range 2 {
-		first, last, reserved := sysctls{empty, empty}.dynamicPorts(ctx)
+		first, last, reserved := (&sysctls{portRange: empty, reserved: empty}).dynamicPorts(ctx)
 		f, l := portallocator.GetPortRange()
 		assert.Check(t, first == int(f) && last == int(l) && reserved == nil)
 	}
@@ -268,4 +333,21 @@ func TestBusyFixedPortSaysWhoHasIt(t *testing.T) {
 	}
 	assert.Check(t, is.Equal(processWithSocket(0, time.Now().Add(time.Minute)), "another process of this user"))
 	assert.Check(t, is.Equal(findHolder(types.TCP, netip.IPv4Unspecified(), 1, time.Now()), ""))
+
+	for _, tc := range []struct {
+		at, addr string
+		want     bool
+	}{
+		{"0.0.0.0", "127.0.0.1", true},
+		{"127.0.0.1", "0.0.0.0", true},
+		{"127.0.0.1", "127.0.0.1", true},
+		{"127.0.0.1", "127.0.0.2", false},
+		{"::", "0.0.0.0", true},
+		{"::1", "0.0.0.0", false},
+		{"0.0.0.0", "::", false},
+		{"::1", "::", true},
+	} {
+		got := inTheWay(netip.MustParseAddr(tc.at), netip.MustParseAddr(tc.addr))
+		assert.Check(t, is.Equal(got, tc.want), "%v", tc)
+	}
 }

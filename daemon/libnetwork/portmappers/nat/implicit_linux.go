@@ -3,6 +3,7 @@ package nat
 import (
 	"bytes"
 	"fmt"
+	"maps"
 	"os"
 	"slices"
 	"sync"
@@ -54,7 +55,9 @@ func (v *hostView) keepForPasta(port int) {
 			if err != nil {
 				continue
 			}
-			if unix.Bind(fd, sockaddr(addr, port)) != nil {
+			sa, setPort := sockaddr(addr)
+			setPort(port)
+			if unix.Bind(fd, sa) != nil {
 				unix.Close(fd)
 				continue
 			}
@@ -64,49 +67,49 @@ func (v *hostView) keepForPasta(port int) {
 }
 
 // ownPorts has the host ports that are bound by this daemon's pasta, or may
-// still be: for TCP and UDP alike, since pasta takes the UDP port for every TCP
-// port. A look can't tell them from a stranger's.
-var ownPorts = ownPortSet{ports: map[int]ownPort{}}
+// still be. A look can't tell them from a stranger's.
+var ownPorts = ownPortSet{ports: map[ownPort]ownBindings{}}
 
 type ownPortSet struct {
 	mu    sync.Mutex
-	ports map[int]ownPort
+	ports map[ownPort]ownBindings
 }
 
 type ownPort struct {
-	bindings int
-	until    time.Time // until is when it ends to be ours, without bindings.
+	proto types.Protocol
+	port  int
 }
 
+type ownBindings struct {
+	n     int
+	until time.Time // until is when pasta has let go of the port, without bindings.
+}
+
+func (b ownBindings) over() bool { return b.n == 0 && !time.Now().Before(b.until) }
+
 // add notes n more bindings of port.
-func (o *ownPortSet) add(port, n int) {
+func (o *ownPortSet) add(proto types.Protocol, port, n int) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	for p := range o.ports {
-		if !o.own(p) {
-			delete(o.ports, p)
-		}
-	}
-	o.ports[port] = ownPort{bindings: o.ports[port].bindings + n}
+	maps.DeleteFunc(o.ports, func(_ ownPort, b ownBindings) bool { return b.over() })
+	p := ownPort{proto, port}
+	o.ports[p] = ownBindings{n: o.ports[p].n + n}
 }
 
 // remove notes the end of one binding of port, if it is one of ours.
-func (o *ownPortSet) remove(port int) {
+func (o *ownPortSet) remove(proto types.Protocol, port int) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if p := o.ports[port]; p.bindings > 0 {
-		o.ports[port] = ownPort{bindings: p.bindings - 1, until: time.Now().Add(pastaLag)}
+	p := ownPort{proto, port}
+	if b := o.ports[p]; b.n > 0 {
+		o.ports[p] = ownBindings{n: b.n - 1, until: time.Now().Add(pastaLag)}
 	}
 }
 
-// has tells whether port is ours.
+// has tells whether port is ours, for TCP and UDP alike: pasta takes the UDP
+// port for every TCP port.
 func (o *ownPortSet) has(port int) bool {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	return o.own(port)
-}
-
-func (o *ownPortSet) own(port int) bool {
-	p, ok := o.ports[port]
-	return ok && (p.bindings > 0 || time.Now().Before(p.until))
+	return !o.ports[ownPort{types.TCP, port}].over() || !o.ports[ownPort{types.UDP, port}].over()
 }

@@ -23,7 +23,7 @@ func underPasta(t *testing.T, f func(t *testing.T, pm PortMapper)) {
 	portDriverIsImplicit = func() bool { return true }
 	defer func() { portDriverIsImplicit = implicit }()
 	synctest.Test(t, func(t *testing.T) {
-		ownPorts = ownPortSet{ports: map[int]ownPort{}}
+		ownPorts = ownPortSet{ports: map[ownPort]ownBindings{}}
 		inChild(t)
 		t.Cleanup(func() { time.Sleep(2 * pastaDelay) })
 		f(t, NewPortMapper(Config{RlkClient: (*typedNil)(nil)}))
@@ -92,18 +92,18 @@ func TestPortIsKeptForPasta(t *testing.T) {
 
 func TestOwnPortsEnd(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		o := ownPortSet{ports: map[int]ownPort{}}
-		o.remove(80)
+		o := ownPortSet{ports: map[ownPort]ownBindings{}}
+		o.remove(types.TCP, 80)
 		assert.Check(t, !o.has(80))
-		o.add(80, 2)
-		o.remove(80)
+		o.add(types.TCP, 80, 2)
+		o.remove(types.TCP, 80)
 		time.Sleep(2 * pastaLag)
 		assert.Check(t, o.has(80), "one binding is left")
-		o.remove(80)
+		o.remove(types.TCP, 80)
 		assert.Check(t, o.has(80), "pasta may have it yet")
 		time.Sleep(pastaLag)
 		assert.Check(t, !o.has(80))
-		o.add(81, 1)
+		o.add(types.UDP, 81, 1)
 		assert.Check(t, is.Len(o.ports, 1))
 	})
 }

@@ -28,7 +28,10 @@ func TestMain(m *testing.M) {
 			fmt.Fprintln(os.Stderr, "bringing up the loopback interface:", err)
 			os.Exit(1)
 		}
-		hostSysctls() // Keeps its two files open.
+		if _, err := hostSysctls.open(); err != nil { // It keeps its two files open.
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
 		os.Exit(m.Run())
 	}
 	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)

@@ -132,8 +132,9 @@ func (pm PortMapper) MapPorts(ctx context.Context, cfg []portmapperapi.PortBindi
 
 // UnmapPorts closes, removes and releases everything that MapPorts set up for
 // pbs. A step that fails does not keep the others from being done; every
-// failure is in the returned error. A host port that RootlessKit failed to
-// remove is removed in the background, and stays reserved meanwhile.
+// failure is in the returned error. The removal of a host port that RootlessKit
+// failed to remove is tried again in the background, and it stays reserved
+// meanwhile.
 func (pm PortMapper) UnmapPorts(ctx context.Context, pbs []portmapperapi.PortBinding) error {
 	var errs []error
 	for _, pb := range pbs {
@@ -142,21 +143,23 @@ func (pm PortMapper) UnmapPorts(ctx context.Context, pbs []portmapperapi.PortBin
 				errs = append(errs, fmt.Errorf("failed to close socket for port mapping %s: %w", pb, err))
 			}
 		}
-		ownPorts.remove(int(pb.HostPort))
-		release := func() {
-			// Without NAT, it's another binding's child port that is shared.
-			if pb.NAT.IsValid() {
-				portallocator.Get().ReleasePort(pb.ChildHostIP, pb.Proto.String(), int(pb.HostPort))
-			}
-		}
+		ownPorts.remove(pb.Proto, int(pb.HostPort))
 		if err := unexpose(pb); err != nil {
 			errs = append(errs, err)
-			go unexposeAgain(ctx, pb, release)
+			go unexposeAgain(ctx, []portmapperapi.PortBinding{pb}, func() { releaseReservation(pb) })
 			continue
 		}
-		release()
+		releaseReservation(pb)
 	}
 	return errors.Join(errs...)
+}
+
+// releaseReservation ends the reservation of pb's port, if it is pb's own.
+func releaseReservation(pb portmapperapi.PortBinding) {
+	// Without NAT, it's another binding's child port that is shared.
+	if pb.NAT.IsValid() {
+		portallocator.Get().ReleasePort(pb.ChildHostIP, pb.Proto.String(), int(pb.HostPort))
+	}
 }
 
 // hasPortDriver tells whether there's a port driver to ask. There is none in
@@ -176,8 +179,11 @@ func (pm PortMapper) served(cfg []portmapperapi.PortBindingReq) ([]portmapperapi
 	reqs := make([]portmapperapi.PortBindingReq, 0, len(cfg))
 	for _, req := range cfg {
 		if pm.pdc == nil {
-			req.ChildHostIP = req.HostIP
+			req.ChildHostIP = slices.Clone(req.HostIP)
 		} else {
+			if !addrOf(req.HostIP).IsValid() {
+				return nil, fmt.Errorf("invalid host IP address in %s", req.PortBinding)
+			}
 			child := pm.pdc.ChildHostIP(req.Proto.String(), addrOf(req.HostIP))
 			if !child.IsValid() {
 				continue

@@ -154,6 +154,20 @@ func TestHostAddressesThatShareAChildAddress(t *testing.T) {
 	}
 }
 
+func TestInvalidHostAddress(t *testing.T) {
+	for name, view := range map[string]func(testing.TB){"without a view": func(testing.TB) {}, "with a view": inChild} {
+		t.Run(name, func(t *testing.T) {
+			f := newFake(t)
+			view(t)
+			reqs := request(types.TCP, 0, 0, "0.0.0.0")
+			reqs[0].HostIP = nil
+			err := refused(t, f, context.Background(), reqs)
+			assert.Check(t, is.ErrorContains(err, "invalid host IP address"))
+			assert.Check(t, is.Equal(f.calls, 0))
+		})
+	}
+}
+
 func TestHostAddressesThatOverlap(t *testing.T) {
 	for _, addrs := range [][]string{{"0.0.0.0", "127.0.0.1"}, {"::1", "::"}, {"192.0.2.1", "::", "192.0.2.1"}} {
 		f := newFake(t)
@@ -273,9 +287,10 @@ func TestPortWhoseAnswerWasLostStaysReserved(t *testing.T) {
 
 func TestRemovalOfWhatRootlessKitDoesNotKnow(t *testing.T) {
 	for text, unknown := range map[string]bool{
-		"unknown id: 3":       true,
-		"unknown port id: 3":  true,
-		"invalid ID":          true,
+		"unknown id: 3":      true,
+		"unknown port id: 3": true,
+		"invalid ID":         true,
+		"reply.Error: map[desc:bad request: remove_hostfwd: bad arguments.id]": true,
 		"connection refused":  false,
 		"routineStoppedCh...": false,
 	} {
@@ -313,6 +328,14 @@ func TestRootful(t *testing.T) {
 			// A port that is taken is the caller's to deal with, at once.
 			_, err = pm.MapPorts(context.Background(), request(types.TCP, port, port, "127.0.0.1"))
 			assert.Check(t, is.Error(err, "Bind for 127.0.0.1:"+pbs[0].NAT.String()[len("127.0.0.1:"):]+" failed: port is already allocated"))
+
+			// The caller's addresses are not kept.
+			reqs := request(types.TCP, 0, 0, "127.0.0.1")
+			kept, err := pm.MapPorts(context.Background(), reqs)
+			assert.NilError(t, err)
+			reqs[0].HostIP[3] = 99
+			assert.Check(t, is.Equal(kept[0].ChildHostIP.String(), "127.0.0.1"))
+			assert.Check(t, pm.UnmapPorts(context.Background(), kept))
 
 			// Nor does a cancelled context matter.
 			ctx, cancel := context.WithCancel(context.Background())

@@ -86,6 +86,12 @@ var marks = []struct {
 	{no, 0, "invalid ip", ""},
 	{no, 0, "bad arguments", adviseProto},
 	{no, 0, unsupportedText, adviseProto},
+	// pesto, and what other than a port a port driver may lack.
+	{no, 0, "requires --ipv6", adviseProto},
+	{no, 0, "unsupported childip", adviseProto},
+	{no, 0, "executable file not found", adviseAPI},
+	{no, 0, "fork/exec", adviseAPI},
+	{no, 0, "dial unix", adviseAPI},
 }
 
 const (
@@ -116,12 +122,24 @@ type hostRefusal struct {
 }
 
 func (r *hostRefusal) Error() string {
-	return fmt.Sprintf("host port %s/%s: %s", netip.AddrPortFrom(r.hostIP, uint16(r.port)), r.proto, r.err)
+	return fmt.Sprintf("host port %s/%s: %s", netip.AddrPortFrom(r.hostIP, uint16(r.port)), r.proto, strings.TrimSpace(r.err.Error()))
 }
 
 func (r *hostRefusal) Unwrap() error {
 	return r.err
 }
+
+// childRefusal is the allocator's error, or one of binding in the child
+// namespace.
+type childRefusal struct{ err error }
+
+func (r *childRefusal) Error() string { return "child namespace: " + r.err.Error() }
+
+func (r *childRefusal) Unwrap() error { return r.err }
+
+// errAllAllocated has the allocator's text for a range of which this daemon has
+// every port.
+var errAllAllocated = errors.New("all ports are allocated")
 
 // driverVerdict judges an error of a PortDriverClient's AddPort.
 func driverVerdict(err error) verdict {
@@ -202,6 +220,10 @@ func advice(err error, first int, proto types.Protocol) string {
 	case "":
 		return ""
 	case adviseInUse:
+		if r := (*childRefusal)(nil); errors.As(err, &r) {
+			text = "publish another host port, or 0 for any free one"
+			break
+		}
 		sockets := "ltnp"
 		if proto == types.UDP {
 			sockets = "lunp"
@@ -218,7 +240,7 @@ func advice(err error, first int, proto types.Protocol) string {
 
 // isExhausted tells whether the allocator has no more port to give in a range.
 func isExhausted(err error) bool {
-	return strings.Contains(err.Error(), "all ports are allocated")
+	return strings.Contains(err.Error(), errAllAllocated.Error())
 }
 
 // isAllocated tells whether the allocator has given the port to somebody else.
@@ -228,14 +250,14 @@ func isAllocated(err error) bool {
 
 // isUnsupported tells whether the port driver does not serve the protocol.
 func isUnsupported(err error) bool {
-	return err != nil && strings.Contains(strings.ToLower(err.Error()), unsupportedText)
+	return strings.Contains(strings.ToLower(err.Error()), unsupportedText)
 }
 
 // isUnknownPort tells whether RootlessKit's answer to a removal is that it has
 // no such port. That is as good as having removed it.
 func isUnknownPort(err error) bool {
 	text := strings.ToLower(err.Error())
-	for _, s := range []string{"unknown id", "unknown port id", "invalid id"} {
+	for _, s := range []string{"unknown id", "unknown port id", "invalid id", "remove_hostfwd: bad arguments.id"} {
 		if strings.Contains(text, s) {
 			return true
 		}

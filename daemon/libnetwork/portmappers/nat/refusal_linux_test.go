@@ -46,6 +46,9 @@ var answers = []struct {
 	{"accept4: too many open files", no},
 	{`protocol "tcp6" is not supported by the RootlessKit port driver "slirp4netns"`, no},
 
+	{"pesto failed: fork/exec /usr/bin/pesto: permission denied", no},
+	{"dial unix /run/user/1000/dockerd-rootless/.s4nn.sock: connect: permission denied", no},
+
 	{slirpShrug, maybe},
 	{"pesto failed: exit status 1", maybe},
 	{"unexpected HTTP status Internal Server Error, body=\"\"", maybe},
@@ -127,6 +130,8 @@ func TestAdvice(t *testing.T) {
 		assert.Check(t, is.Contains(got, tc.want))
 		assert.Check(t, is.Equal(got == "", tc.want == ""), "%q: %q", tc.text, got)
 	}
+	inChild := advice(&childRefusal{syscall.EADDRINUSE}, 8080, types.TCP)
+	assert.Check(t, is.Equal(inChild, "; publish another host port, or 0 for any free one"))
 	assert.Check(t, is.Equal(advice(context.Canceled, 80, types.TCP), ""))
 }
 

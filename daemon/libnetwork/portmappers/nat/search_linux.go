@@ -14,7 +14,6 @@ import (
 	"github.com/moby/moby/v2/daemon/libnetwork/portallocator"
 	"github.com/moby/moby/v2/daemon/libnetwork/portmapperapi"
 	"github.com/moby/moby/v2/daemon/libnetwork/types"
-	"golang.org/x/sys/unix"
 )
 
 const (
@@ -22,6 +21,9 @@ const (
 	// MapPorts with its configNetwork lock held: meanwhile, none of the
 	// daemon's containers starts, stops or joins a network.
 	searchLimit = 10 * time.Second
+	// lastCall is how long before its end a search asks for the last time: who
+	// has not answered by then has had some time for it.
+	lastCall = time.Second
 	// restLimit is how long to wait, in all, for a port to come free once
 	// each port of the range was refused.
 	restLimit = time.Second
@@ -110,7 +112,7 @@ func (s *search) next() bool {
 		switch {
 		case s.ctx.Err() != nil:
 			s.err = s.failure("the request was given up by its caller", s.ctx.Err())
-		case time.Since(s.start) >= searchLimit:
+		case time.Since(s.start) >= searchLimit-lastCall:
 			s.err = s.failure(tooLong, s.lastRefusal)
 		case s.choose():
 			return true
@@ -128,7 +130,7 @@ func (s *search) choose() bool {
 	switch {
 	case s.exhausted:
 		return false
-	case s.view != nil && s.view.leads(s.fixed()):
+	case s.view != nil && (!s.fixed() || s.view.implicit):
 		return s.chooseFree()
 	case !s.dynamic() || s.passed < inOrder:
 		s.begin, s.last = int(s.reqs[0].HostPort), int(s.reqs[0].HostPortEnd)
@@ -152,44 +154,61 @@ func (s *search) choose() bool {
 // chooseFree is choose where the host can be seen: it picks a port that is free
 // there.
 func (s *search) chooseFree() bool {
+	if s.dynamic() && s.attempts > 0 && s.attempts%inOrder == 0 {
+		s.view.jump() // The port driver knows more of the host than can be seen.
+	}
 	port, passed, err := s.view.free()
-	switch {
-	case errors.Is(err, unix.EADDRNOTAVAIL):
-		s.err = s.failure("", s.view.refusal(s.view.first))
+	if r := (*hostRefusal)(nil); errors.As(err, &r) {
+		s.err = s.failure("", err)
 		return false
-	case err != nil:
+	}
+	if err != nil {
 		log.G(s.ctx).WithFields(log.Fields{"error": err}).Debug("Cannot look at the host's ports")
 		s.view = nil
 		return s.choose()
-	case port != 0:
-		s.passed += passed - 1
+	}
+	s.passed += passed
+	s.tried = max(s.tried, s.passed)
+	if port != 0 {
 		s.begin, s.last = port, port
 		return true
 	}
 	if s.fixed() {
-		s.err = s.failure("", s.view.refusal(s.view.first))
+		s.err = s.failure("", s.view.refusal())
 		return false
 	}
-	s.passed += passed
-	s.tried = max(s.tried, s.passed)
 	s.exhausted = true
+	others := s.view.taken && s.othersHold()
+	s.mayClear = s.mayClear || others
 	if s.lastRefusal == nil {
-		s.lastRefusal = s.view.refusal(s.view.last)
+		s.lastRefusal = s.view.refusal()
+		if s.view.taken && !others {
+			s.lastRefusal = errAllAllocated
+		}
 	}
-	s.mayClear = s.mayClear || s.view.taken && s.othersHold()
 	return false
 }
 
-// othersHold tells whether any port of the range isn't one of this daemon.
+// othersHold tells whether another process holds a port of the range: one that
+// is dynamic, and that this daemon does not have on any address.
 func (s *search) othersHold() bool {
 	first, last := s.portRange()
 	for port := first; port <= last; port++ {
-		if _, err := portallocator.Get().RequestPortsInRange(s.addrs, s.proto.String(), port, port); err == nil {
-			portallocator.NewOSAllocator().ReleasePorts(s.addrs, s.proto, port)
+		if !s.view.reserved.has(port) && isUnallocated(s.proto, port) {
 			return true
 		}
 	}
 	return false
+}
+
+// isUnallocated tells whether this daemon has port on none of its addresses.
+func isUnallocated(proto types.Protocol, port int) bool {
+	any := []net.IP{net.IPv4zero, net.IPv6zero}
+	_, err := portallocator.Get().RequestPortsInRange(any, proto.String(), port, port)
+	if err == nil {
+		portallocator.NewOSAllocator().ReleasePorts(any, proto, port)
+	}
+	return err == nil
 }
 
 // passAgain waits a little and starts another pass over the range, if that can
@@ -233,7 +252,7 @@ func (s *search) refusedInChild(err error) {
 	case aRange:
 		s.passed += allocatorTries - 1
 	}
-	s.refused(childVerdict(err), fmt.Errorf("child namespace: %w", err))
+	s.refused(childVerdict(err), &childRefusal{err})
 }
 
 // refusedOnHost takes note of the port driver's error for a's port, which is
@@ -276,6 +295,7 @@ func (s *search) refused(v verdict, err error) {
 	log.G(s.ctx).WithFields(log.Fields{"attempt": s.attempts, "verdict": v, "error": err}).Debug("Host port refused")
 
 	switch {
+	case s.ctx.Err() != nil: // For next to tell.
 	case v == no, s.fixed():
 		s.err = s.failure("", err)
 	case s.unsure == maxUnsure:
@@ -289,7 +309,7 @@ func (s *search) published(a *attempt) {
 		hostCursor.Store(int32(a.port))
 	}
 	if s.view != nil && s.view.implicit {
-		ownPorts.add(a.port, len(a.bindings))
+		ownPorts.add(s.proto, a.port, len(a.bindings))
 		s.view.keepForPasta(a.port)
 	}
 	if s.attempts == 0 {
@@ -305,16 +325,16 @@ func (s *search) published(a *attempt) {
 	}).Info("Published a host port after refusals of others")
 }
 
-// end releases what the search holds. It is called once, after the last next.
+// end releases what the search holds, after the last next.
 func (s *search) end() {
 	s.limit.Stop()
 	s.release(func(heldPort) bool { return true })
 }
 
-// release ends the reservations of those held ports for which which is true.
-func (s *search) release(which func(heldPort) bool) {
+// release ends the reservations of the held ports that it is to.
+func (s *search) release(isTo func(heldPort) bool) {
 	s.held = slices.DeleteFunc(s.held, func(h heldPort) bool {
-		if !which(h) {
+		if !isTo(h) {
 			return false
 		}
 		portallocator.NewOSAllocator().ReleasePorts(s.addrs, s.proto, h.port)
@@ -332,7 +352,9 @@ func (s *search) dynamic() bool {
 	return s.reqs[0].HostPort == 0 && s.reqs[0].HostPortEnd == 0
 }
 
-// portRange returns the first and the last host port that will do.
+// portRange returns the first and the last host port that will do. Upstream has
+// GetPortRange for tests only: there's no other way to know the range that
+// RequestPortsInRange takes for 0, and where in it to jump.
 func (s *search) portRange() (first, last int) {
 	f, l := s.reqs[0].HostPort, s.reqs[0].HostPortEnd
 	switch {
@@ -359,7 +381,10 @@ func (s *search) failure(how string, cause error) error {
 	}
 	who := ""
 	if r := (*hostRefusal)(nil); s.fixed() && s.view != nil && errors.As(cause, &r) && driverVerdict(cause) == taken {
-		if who = s.view.holder(r.hostIP, r.port); who != "" {
+		s.end() // Its own reservation does not make the port this daemon's.
+		if !isUnallocated(s.proto, r.port) {
+			who = "; a container of this daemon has it on another host address"
+		} else if who = s.view.holder(r.hostIP, r.port); who != "" {
 			who = "; " + who + " has it"
 		}
 	}
