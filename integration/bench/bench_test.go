@@ -1,46 +1,75 @@
 //go:build integration
 
-// Package bench measures Berth's port mapper: against stock's where no port is
-// refused, and against the bare request where ports are.
+// Package bench measures Berth's port mapper against stock's and against the
+// bare system calls and requests that it is made of. What it prints is for
+// benchstat, and for the program in the report folder, which knows the limits.
+//
+// One operation is a MapPorts and the UnmapPorts that undoes it.
 package bench
 
 import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"net/netip"
+	"os"
 	"path/filepath"
 	"testing"
 
 	"berth/daemon/libnetwork/portmappers/nat"
 	"berth/hack/tree"
+	"berth/integration/hostload"
 	"berth/integration/stack"
+	"berth/integration/stacktest"
 
-	"github.com/containerd/log"
+	"github.com/moby/moby/v2/daemon/libnetwork/portallocator"
 	"github.com/moby/moby/v2/daemon/libnetwork/portmapperapi"
 	stock "github.com/moby/moby/v2/daemon/libnetwork/portmappers/nat"
 	"github.com/moby/moby/v2/daemon/libnetwork/types"
 	"github.com/rootless-containers/rootlesskit/v3/pkg/api/client"
 	"github.com/rootless-containers/rootlesskit/v3/pkg/port"
+	"golang.org/x/sys/unix"
 	"gotest.tools/v3/assert"
 )
 
-// The child and the host are one namespace here. They do not meet: each has a
+// Where the child and the host are one namespace, they do not meet: each has a
 // loopback address of its own.
 var (
-	childIP = netip.MustParseAddr("127.81.0.1")
-	hostIP  = netip.MustParseAddr("127.81.0.2")
+	childIP  = netip.MustParseAddr("127.81.0.1")
+	hostIP   = netip.MustParseAddr("127.81.0.2")
+	anyAddrs = []netip.Addr{netip.IPv4Unspecified(), netip.IPv6Unspecified()}
 )
 
-// rootlessKit is a PortDriverClient, as dockerd's own, for one host address.
-type rootlessKit struct{ ports port.Manager }
+// manyTaken is as many host ports as one process can hold here (20,000 descriptors).
+const manyTaken = 17000
 
-func (rootlessKit) ChildHostIP(string, netip.Addr) netip.Addr { return childIP }
+// willing is a port driver that refuses nothing, and takes no time for it.
+type willing struct{}
+
+func (willing) ChildHostIP(_ string, hostIP netip.Addr) netip.Addr {
+	if hostIP.Is6() {
+		return netip.IPv6Loopback()
+	}
+	return childIP
+}
+
+func (willing) AddPort(context.Context, string, netip.Addr, netip.Addr, int) (func() error, error) {
+	return func() error { return nil }, nil
+}
+
+// rootlessKit is a PortDriverClient, as dockerd's own.
+type rootlessKit struct {
+	willing
+	ports port.Manager
+}
 
 func (r rootlessKit) AddPort(ctx context.Context, proto string, hostIP, childIP netip.Addr, hostPort int) (func() error, error) {
+	family := "4"
+	if hostIP.Is6() {
+		family = "6"
+	}
 	st, err := r.ports.AddPort(ctx, port.Spec{
-		Proto:      proto + "4",
+		Proto:      proto + family,
 		ParentIP:   hostIP.String(),
 		ParentPort: hostPort,
 		ChildIP:    childIP.String(),
@@ -52,95 +81,224 @@ func (r rootlessKit) AddPort(ctx context.Context, proto string, hostIP, childIP 
 	return func() error { return r.ports.RemovePort(ctx, st.ID) }, nil
 }
 
-// willing is a port driver that refuses nothing, and takes no time for it.
-type willing struct{}
-
-func (willing) ChildHostIP(string, netip.Addr) netip.Addr { return childIP }
-
-func (willing) AddPort(context.Context, string, netip.Addr, netip.Addr, int) (func() error, error) {
-	return func() error { return nil }, nil
-}
-
 // startRootlessKit starts a stack for the benchmark and returns a client of its
 // RootlessKit, whose port driver is builtin.
 func startRootlessKit(b *testing.B) rootlessKit {
+	if os.Getenv(withoutStack) != "" {
+		b.Skip("a stack needs root here")
+	}
 	root, err := tree.Root()
 	assert.NilError(b, err)
-	s, err := stack.At("bench")
-	assert.NilError(b, err)
-	assert.NilError(b, s.Down(b.Context()))
+	s := stacktest.At(b)
 	logFile := filepath.Join(root, "build", "log", "bench.log")
 	assert.NilError(b, s.Up(b.Context(), stack.Options{Bin: filepath.Join(root, "build", "bin"), Log: logFile}))
-	b.Cleanup(func() { assert.NilError(b, s.Down(context.Background())) })
 	c, err := client.New(s.RootlessKitSocket())
 	assert.NilError(b, err)
 	b.Cleanup(func() { c.Close() })
-	return rootlessKit{c.PortManager()}
+	return rootlessKit{ports: c.PortManager()}
 }
 
-func request(first, last uint16) []portmapperapi.PortBindingReq {
-	return []portmapperapi.PortBindingReq{{PortBinding: types.PortBinding{
-		Proto: types.TCP, Port: 80, HostIP: hostIP.AsSlice(), HostPort: first, HostPortEnd: last,
-	}}}
+// hold makes another process hold TCP ports of the host until the end of b.
+func hold(b *testing.B, addr netip.Addr, ports []int) {
+	if len(ports) == 0 {
+		return
+	}
+	p, err := hostload.Start(hostload.Load{Network: "tcp4", Address: addr.String(), Ports: ports})
+	assert.NilError(b, err)
+	b.Cleanup(func() {
+		_, err := p.Stop()
+		assert.NilError(b, err)
+	})
 }
 
-func mapAndUnmap(b *testing.B, pm portmapperapi.PortMapper, first, last uint16) {
-	ctx := context.Background()
-	pbs, err := pm.MapPorts(ctx, request(first, last))
+// request asks for a host port from first to last, or for any if both are 0.
+func request(first, last int, hostIPs ...netip.Addr) []portmapperapi.PortBindingReq {
+	var reqs []portmapperapi.PortBindingReq
+	for _, ip := range hostIPs {
+		reqs = append(reqs, portmapperapi.PortBindingReq{PortBinding: types.PortBinding{
+			Proto: types.TCP, Port: 80, HostIP: ip.AsSlice(), HostPort: uint16(first), HostPortEnd: uint16(last),
+		}})
+	}
+	return reqs
+}
+
+// mapAndUnmap is what is measured. It returns the port that was published.
+func mapAndUnmap(b *testing.B, pm portmapperapi.PortMapper, reqs []portmapperapi.PortBindingReq) int {
+	pbs, err := pm.MapPorts(context.Background(), reqs)
 	if err != nil {
 		b.Fatal(err)
 	}
-	if err := pm.UnmapPorts(ctx, pbs); err != nil {
+	if err := pm.UnmapPorts(context.Background(), pbs); err != nil {
 		b.Fatal(err)
 	}
+	return int(pbs[0].HostPort)
 }
 
-// BenchmarkNoRefusal publishes a dynamic port that is free at once, and unmaps
-// it: through a port driver that costs nothing, and through a real RootlessKit.
-func BenchmarkNoRefusal(b *testing.B) {
-	for name, driver := range map[string]nat.PortDriverClient{"fake": willing{}, "rootlesskit": startRootlessKit(b)} {
-		for _, bb := range []struct {
-			mapper string
-			pm     portmapperapi.PortMapper
-		}{
-			{"stock", stock.NewPortMapper(stock.Config{RlkClient: driver})},
-			{"berth", nat.NewPortMapper(nat.Config{RlkClient: driver})},
-		} {
-			b.Run("driver="+name+"/mapper="+bb.mapper, func(b *testing.B) {
-				b.ReportAllocs()
-				for b.Loop() {
-					mapAndUnmap(b, bb.pm, 0, 0)
-				}
-			})
+func stockMapper(c stock.PortDriverClient) portmapperapi.PortMapper {
+	return stock.NewPortMapper(stock.Config{RlkClient: c})
+}
+
+func berthMapper(c nat.PortDriverClient) portmapperapi.PortMapper {
+	return nat.NewPortMapper(nat.Config{RlkClient: c})
+}
+
+// BenchmarkListen is the look at a host port that RootlessKit takes: a socket
+// of its own for each port.
+func BenchmarkListen(b *testing.B) {
+	addr := unix.SockaddrInet4{Addr: hostIP.As4(), Port: 20000}
+	for b.Loop() {
+		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+		if err == nil {
+			err = errors.Join(
+				unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1),
+				unix.Bind(fd, &addr),
+				unix.Listen(fd, 1),
+				unix.Close(fd))
+		}
+		if err != nil {
+			b.Fatal(err)
 		}
 	}
 }
 
-// BenchmarkRefusal is the cost of a refused port: of the bare request to a real
-// RootlessKit, and of all that a search does about it. The search passes 500
-// held ports; what it costs to publish the free one at last is in the figure.
-func BenchmarkRefusal(b *testing.B) {
-	_ = log.SetLevel("error") // A line for each search would be measured, too.
-	const first, held = 20000, 500
-	for p := first; p < first+held; p++ {
-		l, err := net.Listen("tcp", netip.AddrPortFrom(hostIP, uint16(p)).String())
-		assert.NilError(b, err)
-		defer l.Close()
+// BenchmarkFake publishes a dynamic port that is free at once, through a port
+// driver that costs nothing.
+func BenchmarkFake(b *testing.B) {
+	for n := range anyAddrs {
+		benchmarkNoRefusal(b, stockMapper(willing{}), berthMapper(willing{}), anyAddrs[:n+1], func(*testing.B) {})
 	}
+}
+
+func benchmarkNoRefusal(b *testing.B, stock, berth portmapperapi.PortMapper, hostIPs []netip.Addr, setUp func(*testing.B)) {
+	for _, m := range []struct {
+		name string
+		portmapperapi.PortMapper
+	}{{"stock", stock}, {"berth", berth}} {
+		b.Run(fmt.Sprintf("addresses=%d/mapper=%s", len(hostIPs), m.name), func(b *testing.B) {
+			setUp(b)
+			for b.Loop() {
+				mapAndUnmap(b, m, request(0, 0, hostIPs...))
+			}
+		})
+	}
+}
+
+// BenchmarkChild does the same in dockerd's place: on a thread in the child
+// namespace, from where Berth may see the host. There, it passes taken ports.
+func BenchmarkChild(b *testing.B) {
+	for n := range anyAddrs {
+		hostIPs := anyAddrs[:n+1]
+		benchmarkNoRefusal(b, stockMapper(willing{}), berthMapper(willing{}), hostIPs, inChild)
+		b.Run(fmt.Sprintf("addresses=%d/mapper=berth+view/taken=0", len(hostIPs)), func(b *testing.B) {
+			inChildWithView(b)
+			for b.Loop() {
+				mapAndUnmap(b, berthMapper(willing{}), request(0, 0, hostIPs...))
+			}
+		})
+	}
+	dynamic, err := hostload.DynamicPorts(manyTaken)
+	assert.NilError(b, err)
+	hold(b, anyAddrs[0], dynamic)
+	first, free := dynamic[0], dynamic[0]+manyTaken
+	for n := range anyAddrs {
+		reqs := request(0, 0, anyAddrs[:n+1]...)
+		name := fmt.Sprintf("addresses=%d/mapper=berth+view/taken=%d", len(reqs), manyTaken)
+		b.Run(name+"/passed=all", func(b *testing.B) {
+			inChildWithView(b)
+			setHostRange(b, first, free) // The search ends at its end, and starts there again.
+			for b.Loop() {
+				assert.Equal(b, mapAndUnmap(b, berthMapper(willing{}), reqs), free)
+			}
+		})
+		b.Run(name+"/passed=none", func(b *testing.B) {
+			const last = 65535
+			inChildWithView(b)
+			for port := last; b.Loop(); port = mapAndUnmap(b, berthMapper(willing{}), reqs) {
+				if port == last {
+					b.StopTimer()
+					setHostRange(b, first, free)
+					mapAndUnmap(b, berthMapper(willing{}), reqs)
+					setHostRange(b, first, last)
+					b.StartTimer()
+				}
+			}
+		})
+	}
+}
+
+// BenchmarkRootlessKit measures against a real RootlessKit.
+func BenchmarkRootlessKit(b *testing.B) {
 	driver := startRootlessKit(b)
+	b.Run("NoRefusal", func(b *testing.B) {
+		benchmarkNoRefusal(b, stockMapper(driver), berthMapper(driver), []netip.Addr{hostIP}, func(*testing.B) {})
+		// RootlessKit's [::] would leave no room for a child on the same host.
+		benchmarkNoRefusal(b, stockMapper(driver), berthMapper(driver), anyAddrs, inChild)
+	})
+	b.Run("Refusal", func(b *testing.B) { benchmarkRefusal(b, driver) })
+	b.Run("Search", func(b *testing.B) { benchmarkSearch(b, driver) })
+}
+
+// benchmarkRefusal is the cost of a refused port: of the bare request, and of
+// all that a search does about it. The search passes 500 held ports; what it
+// costs to publish the free one at last is in the figure.
+func benchmarkRefusal(b *testing.B, driver rootlessKit) {
+	const first, held = 20000, 500
+	var ports []int
+	for i := range held {
+		ports = append(ports, first+i)
+	}
+	hold(b, hostIP, ports)
 	b.Run("bare", func(b *testing.B) {
 		for b.Loop() {
 			if _, err := driver.AddPort(context.Background(), "tcp", hostIP, childIP, first); err == nil {
-				b.Fatal(errors.New("a held port was published"))
+				b.Fatal("a held port was published")
 			}
 		}
 		b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N), "ns/refusal")
 	})
 	b.Run("search", func(b *testing.B) {
-		pm := nat.NewPortMapper(nat.Config{RlkClient: driver})
 		for b.Loop() {
-			mapAndUnmap(b, pm, first, first+held)
+			mapAndUnmap(b, berthMapper(driver), request(first, first+held, hostIP))
 		}
 		b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N*held), "ns/refusal")
 	})
+}
+
+// benchmarkSearch publishes a dynamic port when the first ones of the host's
+// dynamic range are taken, as if no port had been published before.
+func benchmarkSearch(b *testing.B, driver rootlessKit) {
+	for _, taken := range []int{0, 10, 100, 1000, 10000, manyTaken} {
+		b.Run(fmt.Sprintf("taken=%d", taken), func(b *testing.B) {
+			dynamic, err := hostload.DynamicPorts(manyTaken)
+			assert.NilError(b, err)
+			hold(b, hostIP, dynamic[:taken])
+			search := func(name string, setUp func(*testing.B), publish func(*testing.B)) {
+				b.Run("mapper="+name, func(b *testing.B) {
+					setUp(b)
+					for b.Loop() {
+						b.StopTimer()
+						portallocator.Get().ReleaseAll()
+						b.StartTimer()
+						publish(b)
+					}
+				})
+			}
+			noSetUp := func(*testing.B) {}
+			if taken == 0 {
+				search("stock", noSetUp, func(b *testing.B) { mapAndUnmap(b, stockMapper(driver), request(0, 0, hostIP)) })
+			} else {
+				search("stock-fails", noSetUp, func(b *testing.B) {
+					if _, err := stockMapper(driver).MapPorts(context.Background(), request(0, 0, hostIP)); err == nil {
+						b.Fatal("stock passed a taken port")
+					}
+				})
+			}
+			publish := func(b *testing.B) { mapAndUnmap(b, berthMapper(driver), request(0, 0, hostIP)) }
+			search("berth", noSetUp, publish)
+			search("berth+view", func(b *testing.B) {
+				inChildWithView(b)
+				setHostRange(b, dynamic[0], dynamic[0]+taken) // As in BenchmarkChild.
+			}, publish)
+		})
+	}
 }

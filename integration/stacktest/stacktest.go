@@ -155,12 +155,12 @@ func StartAs(t *testing.T, testUser, dockerd string, o stack.Options) *Daemon {
 // At returns the test's place for a stack, with nothing there: what a killed test has left
 // is removed first. What is there when the test ends is removed, too. The tests of a
 // package share a place; packages are tested side by side.
-func At(t *testing.T) *stack.Stack {
+func At(t testing.TB) *stack.Stack {
 	t.Helper()
 	return at(t, stack.TestUsers[0])
 }
 
-func at(t *testing.T, testUser string) *stack.Stack {
+func at(t testing.TB, testUser string) *stack.Stack {
 	t.Helper()
 	s, err := place(testUser)
 	assert.NilError(t, err)
