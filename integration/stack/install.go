@@ -81,7 +81,7 @@ func (s *Stack) install(o Options) error {
 		return err
 	}
 	// dockerd-rootless.sh prefers a docker-rootlesskit, which the machine may have of its own.
-	if err := put("docker-rootlesskit", filepath.Join(o.Bin, "rootlesskit")); err != nil {
+	if err := put("docker-rootlesskit", o.RootlessKit); err != nil {
 		return err
 	}
 	names := []string{"dockerd-rootless.sh", "docker-proxy", "containerd", "containerd-shim-runc-v2", "runc"}

@@ -41,9 +41,10 @@ var ErrUp = errors.New("the stack is up already")
 
 // Options says what a stack is made of. Only Bin and Log are needed.
 type Options struct {
-	Bin     string // folder with rootlesskit, containerd, runc ... and dockerd
-	Dockerd string // the daemon; Bin/dockerd by default
-	Log     string // file for all the stack's output, truncated first; it stays after Down
+	Bin         string // folder with rootlesskit, containerd, runc ... and dockerd
+	Dockerd     string // the daemon; Bin/dockerd by default
+	RootlessKit string // Bin/rootlesskit by default
+	Log         string // file for all the stack's output, truncated first; it stays after Down
 
 	Net           string // RootlessKit's network driver, DefaultNet by default
 	PortDriver    string // RootlessKit's port driver, DefaultPortDriver by default
@@ -107,6 +108,9 @@ func (s *Stack) socket() string     { return filepath.Join(s.runtimeDir(), "dock
 func (s *Stack) Up(ctx context.Context, o Options) (retErr error) {
 	if o.Dockerd == "" {
 		o.Dockerd = filepath.Join(o.Bin, "dockerd")
+	}
+	if o.RootlessKit == "" {
+		o.RootlessKit = filepath.Join(o.Bin, "rootlesskit")
 	}
 	if o.Net == "" {
 		o.Net = DefaultNet
