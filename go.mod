@@ -5,6 +5,7 @@ go 1.26.3
 require (
 	github.com/containerd/log v0.2.0
 	github.com/moby/moby/v2 v2.0.0-beta.24
+	github.com/rootless-containers/rootlesskit/v2 v2.3.6
 	github.com/rootless-containers/rootlesskit/v3 v3.3.0
 	github.com/sirupsen/logrus v1.10.2
 	github.com/spf13/cobra v1.10.2

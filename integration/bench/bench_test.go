@@ -19,6 +19,7 @@ import (
 	"berth/daemon/libnetwork/portmappers/nat"
 	"berth/hack/tree"
 	"berth/integration/hostload"
+	"berth/integration/portdriver"
 	"berth/integration/stack"
 	"berth/integration/stacktest"
 
@@ -26,8 +27,6 @@ import (
 	"github.com/moby/moby/v2/daemon/libnetwork/portmapperapi"
 	stock "github.com/moby/moby/v2/daemon/libnetwork/portmappers/nat"
 	"github.com/moby/moby/v2/daemon/libnetwork/types"
-	"github.com/rootless-containers/rootlesskit/v3/pkg/api/client"
-	"github.com/rootless-containers/rootlesskit/v3/pkg/port"
 	"golang.org/x/sys/unix"
 	"gotest.tools/v3/assert"
 )
@@ -57,28 +56,11 @@ func (willing) AddPort(context.Context, string, netip.Addr, netip.Addr, int) (fu
 	return func() error { return nil }, nil
 }
 
-// rootlessKit is a PortDriverClient, as dockerd's own.
-type rootlessKit struct {
-	willing
-	ports port.Manager
-}
+// rootlessKit is dockerd's client, with child addresses that don't meet the host's.
+type rootlessKit struct{ *portdriver.RootlessKit }
 
-func (r rootlessKit) AddPort(ctx context.Context, proto string, hostIP, childIP netip.Addr, hostPort int) (func() error, error) {
-	family := "4"
-	if hostIP.Is6() {
-		family = "6"
-	}
-	st, err := r.ports.AddPort(ctx, port.Spec{
-		Proto:      proto + family,
-		ParentIP:   hostIP.String(),
-		ParentPort: hostPort,
-		ChildIP:    childIP.String(),
-		ChildPort:  hostPort,
-	})
-	if err != nil {
-		return nil, fmt.Errorf("error while calling RootlessKit PortManager.AddPort(): %w", err)
-	}
-	return func() error { return r.ports.RemovePort(ctx, st.ID) }, nil
+func (rootlessKit) ChildHostIP(proto string, hostIP netip.Addr) netip.Addr {
+	return willing{}.ChildHostIP(proto, hostIP)
 }
 
 // startRootlessKit starts a stack for the benchmark and returns a client of its
@@ -92,10 +74,9 @@ func startRootlessKit(b *testing.B) rootlessKit {
 	s := stacktest.At(b)
 	logFile := filepath.Join(root, "build", "log", "bench.log")
 	assert.NilError(b, s.Up(b.Context(), stack.Options{Bin: filepath.Join(root, "build", "bin"), Log: logFile}))
-	c, err := client.New(s.RootlessKitSocket())
+	rlk, err := portdriver.Dial(b.Context(), s.RootlessKitSocket())
 	assert.NilError(b, err)
-	b.Cleanup(func() { c.Close() })
-	return rootlessKit{ports: c.PortManager()}
+	return rootlessKit{rlk}
 }
 
 // hold makes another process hold TCP ports of the host until the end of b.
