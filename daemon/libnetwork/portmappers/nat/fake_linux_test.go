@@ -25,8 +25,11 @@ import (
 	"gotest.tools/v3/assert"
 )
 
-// answerPrefix is what dockerd's client puts before RootlessKit's answers.
-const answerPrefix = "error while calling RootlessKit PortManager.AddPort(): "
+// What dockerd's client puts before RootlessKit's answers.
+const (
+	answerPrefix  = "error while calling RootlessKit PortManager.AddPort(): "
+	removalPrefix = "error while calling RootlessKit PortManager.RemovePort(): "
+)
 
 const slirpShrug = "reply.Error: map[desc:bad request: add_hostfwd: slirp_add_hostfwd failed]"
 
@@ -35,6 +38,20 @@ type mapping struct {
 	proto string
 	ip    netip.Addr
 	port  int
+}
+
+// overlaps tells whether m and o can't be bound at the same time.
+func (m mapping) overlaps(o mapping) bool {
+	return m.proto == o.proto && m.port == o.port && m.ip.Is4() == o.ip.Is4() &&
+		(m.ip == o.ip || m.ip.IsUnspecified() || o.ip.IsUnspecified())
+}
+
+// network is m's protocol and family as RootlessKit has it.
+func (m mapping) network() string {
+	if m.ip.Is6() {
+		return m.proto + "6"
+	}
+	return m.proto + "4"
 }
 
 // fakeDriver is a PortDriverClient with a host of its own. It answers as
@@ -47,11 +64,18 @@ type fakeDriver struct {
 	child4 netip.Addr
 	// taken tells whether another process has the port on the host.
 	taken func(port int) bool
+	// others has what other processes hold by address.
+	others map[mapping]bool
 	// shrugs makes all refusals slirp4netns' one.
 	shrugs bool
+	// bothFamilies makes an IPv4 wildcard take the port on IPv6, too, as
+	// gvisor-tap-vsock's does.
+	bothFamilies bool
+	// forgets makes a port that is removed twice a refusal, not a misuse.
+	forgets bool
 	// listens makes it listen for real, on the host of the view's tests.
 	listens bool
-	// noIPv6 makes it serve IPv4 only, and noSCTP neither is served.
+	// noIPv6 makes it serve IPv4 only. SCTP isn't served at all.
 	noIPv6 bool
 	// answer, when set, is asked first: an error is the answer, nil leaves it to
 	// the fake. The call's number counts from 1.
@@ -76,6 +100,7 @@ func newFake(t testing.TB) *fakeDriver {
 		t:       t,
 		child4:  netip.AddrFrom4([4]byte{127, 80, byte(n / 200), byte(n%200 + 2)}),
 		taken:   func(int) bool { return false },
+		others:  map[mapping]bool{},
 		exposed: map[mapping]int{},
 	}
 	goroutines, fds := runtime.NumGoroutine(), descriptors(t)
@@ -159,6 +184,9 @@ func (f *fakeDriver) AddPort(ctx context.Context, proto string, hostIP, childIP 
 		f.t.Errorf("AddPort(%s %s:%d): child address is %s, not %s", proto, hostIP, hostPort, childIP, want)
 	}
 	m := mapping{proto, hostIP, hostPort}
+	if !childIP.IsValid() {
+		return nil, fmt.Errorf("protocol %q is not supported by the RootlessKit port driver %q", m.network(), "fake")
+	}
 	if answer != nil {
 		if err := answer(call, m); err != nil {
 			return nil, err
@@ -168,9 +196,6 @@ func (f *fakeDriver) AddPort(ctx context.Context, proto string, hostIP, childIP 
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if err := f.refusal(m); err != nil {
-		if f.shrugs {
-			err = errors.New(slirpShrug)
-		}
 		return nil, errors.New(answerPrefix + err.Error())
 	}
 	undo := func() {}
@@ -214,7 +239,15 @@ func (f *fakeDriver) refusal(m mapping) error {
 	if id, ok := f.exposed[m]; ok {
 		return fmt.Errorf("conflict with ID %d", id)
 	}
-	listen := fmt.Sprintf("listen %s4 %s:", m.proto, netip.AddrPortFrom(m.ip, uint16(m.port)))
+	err := f.listenError(m)
+	if err != nil && f.shrugs {
+		return errors.New(slirpShrug)
+	}
+	return err
+}
+
+func (f *fakeDriver) listenError(m mapping) error {
+	listen := fmt.Sprintf("listen %s %s:", m.network(), netip.AddrPortFrom(m.ip, uint16(m.port)))
 	if m.ip.IsPrivate() {
 		return errors.New(listen + " bind: cannot assign requested address")
 	}
@@ -222,8 +255,17 @@ func (f *fakeDriver) refusal(m mapping) error {
 		return fmt.Errorf("cannot expose privileged port %d, you can add 'net.ipv4.ip_unprivileged_port_start=%d' to /etc/sysctl.conf (currently 1024), or set CAP_NET_BIND_SERVICE on rootlesskit binary, or choose a larger port number (>= 1024): %s bind: permission denied", m.port, m.port, listen)
 	}
 	inUse := f.taken(m.port)
-	for o := range f.exposed {
-		inUse = inUse || o.proto == m.proto && o.port == m.port && o.ip.Is4() == m.ip.Is4() && (o.ip.IsUnspecified() || m.ip.IsUnspecified())
+	wanted := []mapping{m}
+	if f.bothFamilies && m.ip == netip.IPv4Unspecified() {
+		wanted = append(wanted, mapping{m.proto, netip.IPv6Unspecified(), m.port})
+	}
+	for _, w := range wanted {
+		for o := range f.exposed {
+			inUse = inUse || w.overlaps(o)
+		}
+		for o, held := range f.others {
+			inUse = inUse || held && w.overlaps(o)
+		}
 	}
 	if inUse {
 		return errors.New(listen + " bind: address already in use")
@@ -235,8 +277,13 @@ func (f *fakeDriver) remove(m mapping, id int, undo func()) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.exposed[m] != id {
-		f.t.Errorf("%+v was removed twice", m)
-		return fmt.Errorf("unknown id: %d", id)
+		if !f.forgets {
+			f.t.Errorf("%+v was removed twice", m)
+		}
+		if f.shrugs {
+			return errors.New(removalPrefix + "reply.Error: map[desc:bad request: remove_hostfwd: bad arguments.id]")
+		}
+		return fmt.Errorf("%sunknown id: %d", removalPrefix, id)
 	}
 	if f.failRemovals > 0 {
 		f.failRemovals--

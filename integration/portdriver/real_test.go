@@ -1,0 +1,393 @@
+//go:build integration
+
+package portdriver
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/moby/moby/v2/daemon/libnetwork/portmapperapi"
+	"golang.org/x/sys/unix"
+	"gotest.tools/v3/assert"
+	is "gotest.tools/v3/assert/cmp"
+	"gotest.tools/v3/golden"
+
+	"berth/daemon/libnetwork/portmappers/nat"
+	"berth/hack/tree"
+	"berth/integration/hostload"
+	"berth/integration/stack"
+	"berth/integration/stacktest"
+)
+
+// As in dockerd, the main thread stays on the host: the others are started from it.
+func init() { runtime.LockOSThread() }
+
+// TestMain is the tests', and the "dockerd" of the stacks that the tests start:
+// the suite runs where dockerd does.
+func TestMain(m *testing.M) {
+	if filepath.Base(os.Args[0]) == "dockerd" {
+		fmt.Fprintln(os.Stderr, serve())
+		os.Exit(1)
+	}
+	stacktest.Main(m)
+}
+
+// serve runs the suite when it is asked to, at dockerd's socket.
+func serve() error {
+	stateDir := os.Getenv("ROOTLESSKIT_STATE_DIR")
+	// The suite is about what the driver answers: without this, the port mapper
+	// does not look at the host's ports first.
+	if err := os.Unsetenv("ROOTLESSKIT_STATE_DIR"); err != nil {
+		return err
+	}
+	http.HandleFunc("/_ping", func(http.ResponseWriter, *http.Request) {})
+	http.HandleFunc("/run", func(w http.ResponseWriter, r *http.Request) {
+		results, err := runInChild(r.Context(), stateDir, r.FormValue("rootlesskit"))
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusInternalServerError)
+			return
+		}
+		_ = json.NewEncoder(w).Encode(results) // whoever asks finds out
+	})
+	l, err := net.Listen("unix", filepath.Join(os.Getenv("XDG_RUNTIME_DIR"), "docker.sock"))
+	if err != nil {
+		return err
+	}
+	return http.Serve(l, nil)
+}
+
+func runInChild(ctx context.Context, stateDir, version string) ([]Result, error) {
+	dial := Dial
+	if version[0] == '2' {
+		dial = Dial2
+	}
+	rlk, err := dial(ctx, filepath.Join(stateDir, "api.sock"))
+	if err != nil {
+		return nil, err
+	}
+	child := filepath.Join(stateDir, "netns")
+	h := host{next: 20000}
+	d := Driver{
+		Client: rlk,
+		Mapper: func(c Client) portmapperapi.PortMapper {
+			return childMapper{nat.NewPortMapper(nat.Config{RlkClient: c}), child}
+		},
+		Hold:  hold,
+		Ports: h.ports,
+	}
+	results, err := d.Run(ctx)
+	if err != nil {
+		return nil, err
+	}
+	left, err := rlk.ListPorts(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if len(left) > 0 {
+		return nil, fmt.Errorf("RootlessKit still has %v", left)
+	}
+	return results, h.waitUntilFree()
+}
+
+// childMapper is a port mapper that works in the child namespace.
+type childMapper struct {
+	nat.PortMapper
+	netns string
+}
+
+func (m childMapper) MapPorts(ctx context.Context, reqs []portmapperapi.PortBindingReq) (pbs []portmapperapi.PortBinding, err error) {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		runtime.LockOSThread() // and never unlock it: the thread ends with the goroutine
+		var ns *os.File
+		if ns, err = os.Open(m.netns); err != nil {
+			return
+		}
+		defer ns.Close()
+		if err = unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET); err != nil {
+			return
+		}
+		pbs, err = m.PortMapper.MapPorts(ctx, reqs)
+	}()
+	<-done
+	return pbs, err
+}
+
+func hold(network, addr string, first, count int) (release func() error, err error) {
+	l := hostload.Load{Network: network, Address: addr}
+	for p := first; p < first+count; p++ {
+		l.Ports = append(l.Ports, p)
+	}
+	p, err := hostload.Start(l)
+	if err != nil {
+		return nil, err
+	}
+	return func() error {
+		_, err := p.Stop()
+		return err
+	}, nil
+}
+
+// host gives out ports that are free, none twice.
+type host struct {
+	next int
+	used []int
+}
+
+func (h *host) ports(count int) (int, error) {
+	for first := h.next; first < 30000; first++ {
+		free := true
+		for p := first; p < first+count && free; p++ {
+			free = isFree(p)
+		}
+		if free {
+			h.next = first + count
+			for p := first; p < h.next; p++ {
+				h.used = append(h.used, p)
+			}
+			return first, nil
+		}
+	}
+	return 0, fmt.Errorf("no %d free ports in a row", count)
+}
+
+// isFree tells whether nobody has the port, on any address.
+func isFree(port int) bool {
+	for _, addr := range []string{"0.0.0.0", "::"} {
+		at := net.JoinHostPort(addr, strconv.Itoa(port))
+		l, err := net.Listen("tcp", at)
+		if err != nil {
+			return false
+		}
+		l.Close()
+		u, err := net.ListenPacket("udp", at)
+		if err != nil {
+			return false
+		}
+		u.Close()
+	}
+	return true
+}
+
+// waitUntilFree returns an error if the driver does not release what was
+// exposed: some do so a moment after they said it.
+func (h *host) waitUntilFree() error {
+	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		h.used = slices.DeleteFunc(h.used, isFree)
+		if len(h.used) == 0 {
+			return nil
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("host ports that nobody released: %v", h.used)
+		}
+	}
+}
+
+// rootlessKits are the port drivers, with a network driver that serves them.
+var rootlessKits = []struct{ version, binary, network, driver string }{
+	{"2.3.6", "rootlesskit2", "slirp4netns", "builtin"},
+	{"3.3.0", "rootlesskit", "gvisor-tap-vsock", "builtin"},
+	{"3.3.0", "rootlesskit", "gvisor-tap-vsock", "gvisor-tap-vsock"},
+	{"2.3.6", "rootlesskit2", "slirp4netns", "slirp4netns"},
+	{"3.3.0", "rootlesskit", "slirp4netns", "slirp4netns"},
+}
+
+// Seen is what the suite saw of a port driver, as it is in build/results.
+type Seen struct {
+	Driver, RootlessKit, Network string
+	Results                      []Result
+}
+
+func TestPortDrivers(t *testing.T) {
+	needs(t)
+	root, err := tree.Root()
+	assert.NilError(t, err)
+	var fake map[string][]Result
+	t.Run("fake", func(t *testing.T) { fake = runFake(t, root) })
+	var all []Seen
+	for _, k := range rootlessKits {
+		t.Run(k.version+"/"+k.driver, func(t *testing.T) {
+			bin := filepath.Join(root, "build", "bin")
+			results := run(t, stack.Options{
+				Bin:         bin,
+				RootlessKit: filepath.Join(bin, k.binary),
+				Net:         k.network,
+				PortDriver:  k.driver,
+				Log:         filepath.Join(root, "build", "log", "test", "portdriver-"+k.version+"-"+k.driver+".log"),
+			}, k.version)
+			all = append(all, Seen{k.driver, k.version, k.network, results})
+			cases := Cases()
+			for i, r := range results {
+				t.Run(r.Case, func(t *testing.T) {
+					if i < len(cases) {
+						check(t, k.driver, cases[i], r)
+					}
+					if fake != nil {
+						assert.DeepEqual(t, does(fake[k.driver][i]), does(r))
+					}
+				})
+			}
+		})
+	}
+	if len(all) != len(rootlessKits) {
+		return // -run chose some
+	}
+	data, err := json.MarshalIndent(all, "", "\t")
+	assert.NilError(t, err)
+	dir := filepath.Join(root, "build", "results")
+	assert.NilError(t, os.MkdirAll(dir, 0o755))
+	assert.NilError(t, os.WriteFile(filepath.Join(dir, "port-drivers.json"), data, 0o644))
+	t.Run("documentation", func(t *testing.T) {
+		defer func() {
+			if t.Failed() {
+				t.Log("`make docs` writes docs/port-drivers.md anew: look at what has changed")
+			}
+		}()
+		golden.Assert(t, document(all), filepath.Join(root, "docs", "port-drivers.md"))
+	})
+}
+
+// needs skips the test where the cases cannot be made. Root has a network
+// namespace for them.
+func needs(t *testing.T) {
+	t.Helper()
+	data, err := os.ReadFile("/proc/sys/net/ipv4/ip_unprivileged_port_start")
+	assert.NilError(t, err)
+	if got := strings.TrimSpace(string(data)); got != strconv.Itoa(LastPrivileged+1) {
+		t.Skipf("net.ipv4.ip_unprivileged_port_start is %s here, not the kernel's default", got)
+	}
+	for _, at := range []string{"0.0.0.0:1024", "[::]:1024", "[::1]:0"} {
+		l, err := net.Listen("tcp", at)
+		if err != nil {
+			t.Skip(err)
+		}
+		l.Close()
+	}
+}
+
+// run runs the suite against a real RootlessKit, in dockerd's place.
+func run(t *testing.T, o stack.Options, version string) []Result {
+	var err error
+	o.Dockerd, err = os.Executable()
+	assert.NilError(t, err)
+	s := stacktest.At(t)
+	t.Cleanup(func() {
+		if !t.Failed() {
+			assert.NilError(t, os.Remove(o.Log))
+			return
+		}
+		t.Logf("the stack's log: %s", o.Log)
+	})
+	assert.NilError(t, s.Up(t.Context(), o))
+	c := http.Client{Transport: &http.Transport{
+		DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "unix", strings.TrimPrefix(s.Host(), "unix://"))
+		},
+	}}
+	resp, err := c.Get("http://suite/run?rootlesskit=" + version)
+	assert.NilError(t, err)
+	defer resp.Body.Close()
+	body, err := io.ReadAll(resp.Body)
+	assert.NilError(t, err)
+	assert.Assert(t, resp.StatusCode == http.StatusOK, "%s", body)
+	var results []Result
+	assert.NilError(t, json.Unmarshal(body, &results))
+	return results
+}
+
+// runFake runs the suite against the fake of the patch's tests, by driver. The
+// patch's folder imports nothing of this module, so what brings the two together
+// is laid over it for one run.
+func runFake(t *testing.T, root string) map[string][]Result {
+	dir := t.TempDir()
+	overlay, err := json.Marshal(map[string]any{"Replace": map[string]string{
+		filepath.Join(root, "daemon/libnetwork/portmappers/nat/portdriver_linux_test.go"): filepath.Join(root, "integration/portdriver/testdata/fake_linux_test.go"),
+	}})
+	assert.NilError(t, err)
+	assert.NilError(t, os.WriteFile(filepath.Join(dir, "overlay"), overlay, 0o644))
+	cmd := exec.CommandContext(t.Context(), "go", "test", "-count=1", "-run=^TestPortDriverSuite$",
+		"-overlay="+filepath.Join(dir, "overlay"), "./daemon/libnetwork/portmappers/nat")
+	cmd.Dir = root
+	cmd.Env = append(os.Environ(), "BERTH_PORTDRIVER_RESULTS="+filepath.Join(dir, "results"))
+	out, err := cmd.CombinedOutput()
+	assert.NilError(t, err, "%s", out)
+	data, err := os.ReadFile(filepath.Join(dir, "results"))
+	assert.NilError(t, err)
+	var results map[string][]Result
+	assert.NilError(t, json.Unmarshal(data, &results))
+	return results
+}
+
+// does is what the fake must have in common with the driver: all but the words.
+func does(r Result) Result {
+	if r.Answer != "" {
+		r.Answer = "refused"
+	}
+	for _, o := range []*Outcome{&r.Fixed, &r.Range} {
+		if o.Error != "" {
+			o.Error = "failed"
+		}
+	}
+	return r
+}
+
+// check holds what came of a case against what a user of the driver may expect.
+func check(t *testing.T, driver string, c Case, r Result) {
+	free := c.Free
+	if len(r.Served) == 0 {
+		free = -1
+	} else if other6 := len(c.Held) == 1 && c.Held[0][3] == '6' && !slices.ContainsFunc(r.Served, isIPv6); other6 {
+		free = 0
+		if driver == "gvisor-tap-vsock" {
+			free = 1 // its IPv4 wildcard is IPv6's, too
+		}
+	}
+	assert.Check(t, is.Equal(r.Answer == "", free == 0), r.Answer)
+
+	fixed := -1
+	if free == 0 {
+		fixed = 0
+	}
+	checkOutcome(t, r, r.Fixed, fixed, 1)
+	checkOutcome(t, r, r.Range, free, c.Size)
+}
+
+// checkOutcome checks what came of a request for size ports: free is the one to
+// be had, -1 if there is none.
+func checkOutcome(t *testing.T, r Result, o Outcome, free, size int) {
+	t.Helper()
+	last := size - 1
+	if r.Verdict == No {
+		last = 0
+	}
+	var asked, published []string
+	if free >= 0 {
+		last = free
+		for _, addr := range r.Served {
+			published = append(published, addr+" "+name(free, 0))
+		}
+	}
+	for p := 0; p <= last && len(r.Served) > 0; p++ {
+		asked = append(asked, name(p, 0))
+	}
+	assert.Check(t, is.DeepEqual(o.Asked, asked))
+	assert.Check(t, is.DeepEqual(o.Published, published))
+	assert.Check(t, is.Equal(o.Error == "", free >= 0), o.Error)
+}
+
+func isIPv6(addr string) bool { return strings.Contains(addr, ":") }
