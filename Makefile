@@ -1,6 +1,6 @@
 # `make` lists the targets. All that is built goes to build/.
 .DEFAULT_GOAL := help
-.PHONY: help deps build stress users test check bench bench-docs clean
+.PHONY: help deps build stress users test docs check bench bench-docs clean
 .NOTPARALLEL: # go uses all processors itself, and the order of what a target needs is meant
 
 BERTH := build/bin/berth
@@ -25,8 +25,12 @@ users: deps build ## watch two users' daemons start containers at once, stock an
 	go test -tags integration -count=1 -v -run '^TestTwoUsersStartAtOnce$$' ./integration/e2e
 
 test: deps check build ## everything: check, then the end-to-end test on real stacks
-	@$(BERTH) build pasta
+	@$(BERTH) build pasta rootlesskit2
 	go test -tags integration -count=1 -timeout 30m ./integration/...
+
+docs: deps build ## write docs/port-drivers.md of what the port drivers answer
+	@$(BERTH) build rootlesskit2
+	go test -tags integration -count=1 ./integration/portdriver -update
 
 check: ## gofmt, vet, staticcheck, shellcheck, and the unit tests with -race
 	@unformatted=$$(gofmt -l $(CODE)); test -z "$$unformatted" || { echo "gofmt these:"; echo "$$unformatted"; exit 1; }
