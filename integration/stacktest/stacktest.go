@@ -51,7 +51,11 @@ func Main(m *testing.M) {
 	if os.Getuid() == 0 {
 		addAddresses()
 	}
-	os.Exit(m.Run())
+	code := m.Run()
+	if interrupted.Err() != nil {
+		select {} // downAndExit does
+	}
+	os.Exit(code)
 }
 
 // interrupted ends the start of a stack; what is up then is taken down by downAndExit.
