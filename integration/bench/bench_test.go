@@ -170,12 +170,7 @@ func BenchmarkChild(b *testing.B) {
 	for n := range anyAddrs {
 		hostIPs := anyAddrs[:n+1]
 		benchmarkNoRefusal(b, stockMapper(willing{}), berthMapper(willing{}), hostIPs, inChild)
-		b.Run(fmt.Sprintf("addresses=%d/mapper=berth+view/taken=0", len(hostIPs)), func(b *testing.B) {
-			inChildWithView(b)
-			for b.Loop() {
-				mapAndUnmap(b, berthMapper(willing{}), request(0, 0, hostIPs...))
-			}
-		})
+		benchmarkView(b, berthMapper(willing{}), hostIPs)
 	}
 	dynamic, err := hostload.DynamicPorts(manyTaken)
 	assert.NilError(b, err)
@@ -207,13 +202,24 @@ func BenchmarkChild(b *testing.B) {
 	}
 }
 
+func benchmarkView(b *testing.B, berth portmapperapi.PortMapper, hostIPs []netip.Addr) {
+	b.Run(fmt.Sprintf("addresses=%d/mapper=berth+view/taken=0", len(hostIPs)), func(b *testing.B) {
+		inChildWithView(b)
+		for b.Loop() {
+			mapAndUnmap(b, berth, request(0, 0, hostIPs...))
+		}
+	})
+}
+
 // BenchmarkRootlessKit measures against a real RootlessKit.
 func BenchmarkRootlessKit(b *testing.B) {
 	driver := startRootlessKit(b)
 	b.Run("NoRefusal", func(b *testing.B) {
-		benchmarkNoRefusal(b, stockMapper(driver), berthMapper(driver), []netip.Addr{hostIP}, func(*testing.B) {})
-		// RootlessKit's [::] would leave no room for a child on the same host.
-		benchmarkNoRefusal(b, stockMapper(driver), berthMapper(driver), anyAddrs, inChild)
+		for n := range anyAddrs {
+			hostIPs := anyAddrs[:n+1]
+			benchmarkNoRefusal(b, stockMapper(driver), berthMapper(driver), hostIPs, inChild)
+			benchmarkView(b, berthMapper(driver), hostIPs)
+		}
 	})
 	b.Run("Refusal", func(b *testing.B) { benchmarkRefusal(b, driver) })
 	b.Run("Search", func(b *testing.B) { benchmarkSearch(b, driver) })

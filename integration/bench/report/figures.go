@@ -79,12 +79,18 @@ func noRefusal(what, benchmark string) []figure {
 // view has the figures of a publish with a view, on n addresses.
 func view(n int) []figure {
 	return []figure{
-		more(fmt.Sprintf("view, no refusal, %s: more than stock", addresses(n)), 40, microseconds, withView(n), fmt.Sprintf("Child/addresses=%d/mapper=stock", n), perOp),
+		viewNoRefusal("fake driver", "Child", n),
+		viewNoRefusal("real RootlessKit", "RootlessKit/NoRefusal", n),
 		{fmt.Sprintf("view, publish past 17,000 taken ports, %s", addresses(n)), 60, milliseconds, func(get getter) float64 {
 			return 1e3 * get(passing(n, "all"), perOp)
 		}},
 		more(fmt.Sprintf("view, the next publish, %s: more than with none taken", addresses(n)), 1000, microseconds, passing(n, "none"), withView(n), perOp),
 	}
+}
+
+func viewNoRefusal(what, benchmark string, n int) figure {
+	name := fmt.Sprintf("%s/addresses=%d/mapper=", benchmark, n)
+	return more(fmt.Sprintf("view, no refusal, %s, %s: more than stock", what, addresses(n)), 40, microseconds, name+"berth+view/taken=0", name+"stock", perOp)
 }
 
 func addresses(n int) string {

@@ -68,6 +68,7 @@ func (a *attempt) publishWithin(ctx context.Context, limit <-chan time.Time) err
 		err := a.publish(ctx)
 		select {
 		case answered <- err:
+			spareSockets.refill() // Here, nobody waits for it.
 		case <-gaveUp:
 			if err == nil {
 				a.unexposeAll(ctx)

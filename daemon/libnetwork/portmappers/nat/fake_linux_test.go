@@ -22,6 +22,7 @@ import (
 	"github.com/moby/moby/v2/daemon/libnetwork/types"
 	"github.com/sirupsen/logrus"
 	logrustest "github.com/sirupsen/logrus/hooks/test"
+	"golang.org/x/sys/unix"
 	"gotest.tools/v3/assert"
 )
 
@@ -103,6 +104,7 @@ func newFake(t testing.TB) *fakeDriver {
 		others:  map[mapping]bool{},
 		exposed: map[mapping]int{},
 	}
+	spareSockets.close()
 	goroutines, fds := runtime.NumGoroutine(), descriptors(t)
 	t.Cleanup(func() {
 		f.mu.Lock()
@@ -113,6 +115,7 @@ func newFake(t testing.TB) *fakeDriver {
 		f.checkReservations()
 		// A goroutine that has given its answer may not have ended yet.
 		for end := time.Now().Add(10 * time.Second); ; runtime.Gosched() {
+			spareSockets.close()
 			g, d := runtime.NumGoroutine(), descriptors(t)
 			if g <= goroutines && d <= fds {
 				break
@@ -124,6 +127,18 @@ func newFake(t testing.TB) *fakeDriver {
 		}
 	})
 	return f
+}
+
+// close closes the sockets, which a daemon keeps.
+func (s *socketStock) close() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, fd := range s.fds {
+		if fd >= 0 {
+			unix.Close(fd)
+		}
+	}
+	clear(s.fds)
 }
 
 // descriptors counts the sockets, pipes and regular files that are open.

@@ -141,9 +141,7 @@ func (v *hostView) jump() {
 // looking doesn't help: a hostRefusal, that no port will do.
 func (v *hostView) free() (port, passed int, err error) {
 	from := v.next
-	if !onHost(func() { port, err = v.find() }) {
-		return 0, 0, errors.New("no thread on the host")
-	}
+	port, err = v.find()
 	for i := from; i < v.next; i++ {
 		if p := v.port(i); p != port && !v.reserved.has(p) {
 			passed++
@@ -152,7 +150,7 @@ func (v *hostView) free() (port, passed int, err error) {
 	return port, passed, err
 }
 
-// find is free, on the host. It leaves no socket open.
+// find is free without the count. It leaves no socket open.
 func (v *hostView) find() (int, error) {
 	socks := make([]int, len(v.addrs))
 	for n := range socks {
@@ -253,23 +251,73 @@ func (v *hostView) listen(socks []int, port int) bool {
 	return true
 }
 
-// socket makes a socket as the port driver would.
+// socket returns a socket of the host, made as the port driver would, to bind
+// to addr. It can be used from any thread.
 func (v *hostView) socket(addr netip.Addr) (int, error) {
-	domain, typ := unix.AF_INET, unix.SOCK_DGRAM
+	kind := socketKind{domain: unix.AF_INET, typ: unix.SOCK_DGRAM}
 	if addr.Is6() {
-		domain = unix.AF_INET6
+		kind.domain = unix.AF_INET6
 	}
 	if v.proto == types.TCP {
-		typ = unix.SOCK_STREAM
+		kind.typ = unix.SOCK_STREAM
 	}
-	fd, err := unix.Socket(domain, typ|unix.SOCK_CLOEXEC, 0)
+	return spareSockets.take(kind)
+}
+
+type socketKind struct{ domain, typ int }
+
+// spareSockets has a socket of the host of each kind that was needed so far. A
+// socket belongs to the namespace of the thread that made it: with one at hand,
+// a search need not wait for another thread.
+var spareSockets = socketStock{fds: map[socketKind]int{}}
+
+type socketStock struct {
+	mu  sync.Mutex
+	fds map[socketKind]int // -1 for one that was taken.
+}
+
+// take returns the spare socket, or a new one.
+func (s *socketStock) take(kind socketKind) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if fd, ok := s.fds[kind]; ok && fd >= 0 {
+		s.fds[kind] = -1
+		return fd, nil
+	}
+	fd, err := -1, errNotOnHost
+	onHost(func() { fd, err = kind.make() })
+	if err == nil {
+		s.fds[kind] = -1
+	}
+	return fd, err
+}
+
+// refill makes spare sockets for those that were taken.
+func (s *socketStock) refill() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for kind, fd := range s.fds {
+		if fd >= 0 {
+			continue
+		}
+		onHost(func() {
+			if fd, err := kind.make(); err == nil {
+				s.fds[kind] = fd
+			}
+		})
+	}
+}
+
+// make makes a socket on the calling thread.
+func (k socketKind) make() (int, error) {
+	fd, err := unix.Socket(k.domain, k.typ|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return -1, err
 	}
-	if v.proto == types.TCP {
+	if k.typ == unix.SOCK_STREAM {
 		err = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1)
 	}
-	if err == nil && addr.Is6() {
+	if err == nil && k.domain == unix.AF_INET6 {
 		err = unix.SetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_V6ONLY, 1)
 	}
 	if err != nil {
@@ -309,24 +357,24 @@ func (v *hostView) listenError(addr netip.Addr, port int, err error) error {
 
 // look tells why port can't be had on addr, with the text that RootlessKit's
 // builtin port driver would give, or returns nil if it can, or can't be seen.
-func (v *hostView) look(addr netip.Addr, port int) (err error) {
-	onHost(func() {
-		fd, errSock := v.socket(addr)
-		if errSock != nil {
-			return
-		}
-		defer unix.Close(fd)
-		sa, setPort := sockaddr(addr)
-		setPort(port)
-		if err = unix.Bind(fd, sa); err == nil && v.proto == types.TCP {
-			err = unix.Listen(fd, 1)
-		}
-	})
+func (v *hostView) look(addr netip.Addr, port int) error {
+	fd, err := v.socket(addr)
 	if err != nil {
-		err = v.listenError(addr, port, err)
+		return nil
 	}
-	return err
+	defer unix.Close(fd)
+	sa, setPort := sockaddr(addr)
+	setPort(port)
+	if err = unix.Bind(fd, sa); err == nil && v.proto == types.TCP {
+		err = unix.Listen(fd, 1)
+	}
+	if err != nil {
+		return v.listenError(addr, port, err)
+	}
+	return nil
 }
+
+var errNotOnHost = errors.New("no thread on the host")
 
 // onHost calls f on a thread of the host's network namespace, and returns false
 // if it got none. All threads of the daemon are there, but those that were
@@ -361,7 +409,7 @@ func (s *sysctls) open() (*sysctls, error) {
 	if s.reserved != nil {
 		return s, nil
 	}
-	err := errors.New("no thread on the host")
+	err := errNotOnHost
 	onHost(func() {
 		var portRange, reserved *os.File
 		if portRange, err = os.Open("/proc/sys/net/ipv4/ip_local_port_range"); err != nil {

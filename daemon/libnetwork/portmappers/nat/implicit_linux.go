@@ -49,21 +49,19 @@ func (v *hostView) keepForPasta(port int) {
 	if v.proto != types.TCP {
 		return
 	}
-	onHost(func() {
-		for _, addr := range v.addrs {
-			fd, err := v.socket(addr)
-			if err != nil {
-				continue
-			}
-			sa, setPort := sockaddr(addr)
-			setPort(port)
-			if unix.Bind(fd, sa) != nil {
-				unix.Close(fd)
-				continue
-			}
-			time.AfterFunc(pastaDelay, func() { unix.Close(fd) })
+	for _, addr := range v.addrs {
+		fd, err := v.socket(addr)
+		if err != nil {
+			continue
 		}
-	})
+		sa, setPort := sockaddr(addr)
+		setPort(port)
+		if unix.Bind(fd, sa) != nil {
+			unix.Close(fd)
+			continue
+		}
+		time.AfterFunc(pastaDelay, func() { unix.Close(fd) })
+	}
 }
 
 // ownPorts has the host ports that are bound by this daemon's pasta, or may
