@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"runtime"
 	"strings"
@@ -287,6 +288,61 @@ func TestNoViewNoChange(t *testing.T) {
 		published(t, f, request(types.TCP, 0, 0, "0.0.0.0"))
 		assert.Check(t, f.calls > inOrder)
 	})
+}
+
+// Where the main thread was lent to a goroutine that moved it to the child
+// namespace, /proc/self/ns/net is the child's. That may cost the view, no more.
+func TestMisplacedMainThread(t *testing.T) {
+	if os.Getenv(unlockedMain) == "" {
+		cmd := exec.Command("/proc/self/exe", "-test.run=^TestMisplacedMainThread$", "-test.v")
+		cmd.Env = append(os.Environ(), unlockedMain+"=1", inNamespace+"=1")
+		out, err := cmd.CombinedOutput()
+		assert.NilError(t, err, "%s", out)
+		assert.Check(t, is.Contains(string(out), "the main thread is in the child"))
+		return
+	}
+	f := newHostFake(t)
+	occupy(t, "tcp", "0.0.0.0", 32768, 32867)
+	stateDir := t.TempDir()
+	t.Setenv("ROOTLESSKIT_STATE_DIR", stateDir)
+
+	// Goroutines that all hold a thread, until one of them has the main one. It
+	// ends with the thread locked: the runtime parks that thread for ever.
+	moved := make(chan error)
+	release := make(chan struct{})
+	for range 100 {
+		go func() {
+			runtime.LockOSThread()
+			if unix.Gettid() != os.Getpid() {
+				<-release
+				runtime.UnlockOSThread()
+				return
+			}
+			err := unix.Unshare(unix.CLONE_NEWNET)
+			if err == nil {
+				err = bringUpLoopback()
+			}
+			moved <- err
+		}()
+	}
+	select {
+	case err := <-moved:
+		assert.NilError(t, err)
+	case <-time.After(time.Minute):
+		t.Fatal("no goroutine got the main thread")
+	}
+	close(release)
+	assert.Check(t, netNSAt("/proc/self/ns/net") != hostNetNS)
+	t.Log("the main thread is in the child")
+
+	runtime.LockOSThread() // For good: the process ends after this test.
+	child, err := unix.Open("/proc/self/ns/net", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	assert.NilError(t, err)
+	assert.NilError(t, unix.Setns(child, unix.CLONE_NEWNET))
+	assert.NilError(t, unix.Close(child))
+	assert.NilError(t, os.Symlink("/proc/self/ns/net", filepath.Join(stateDir, "netns")))
+	port := published(t, f, request(types.TCP, 0, 0, "0.0.0.0"))
+	assert.Check(t, port > 32867, "%d is another process's", port)
 }
 
 func TestSysctlsThatCannotBeUnderstood(t *testing.T) {

@@ -15,8 +15,16 @@ import (
 // inNamespace is set in the environment of a test binary that TestMain started.
 const inNamespace = "BERTH_TEST_IN_NAMESPACE"
 
+// unlockedMain is set in the environment of a test binary whose main thread may
+// be lent to any goroutine.
+const unlockedMain = "BERTH_TEST_UNLOCKED_MAIN"
+
 // As in dockerd, the main thread stays where it is.
-func init() { runtime.LockOSThread() }
+func init() {
+	if os.Getenv(unlockedMain) == "" {
+		runtime.LockOSThread()
+	}
+}
 
 // TestMain runs the tests again in namespaces like those of a rootless daemon:
 // root in a user namespace, with a network namespace of its own. So an ordinary
