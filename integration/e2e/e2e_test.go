@@ -210,8 +210,14 @@ func TestFixedPortInUse(t *testing.T) {
 	d := stacktest.Start(t, "dockerd", stack.Options{})
 	hold(t, hostload.Load{Network: "tcp4", Ports: []int{20200}})
 	_, err := d.Run(t, "20200:80")
-	assert.ErrorContains(t, err, "20200")
+	assert.ErrorContains(t, err, "host port 0.0.0.0:20200/tcp")
 	assert.ErrorContains(t, err, "address already in use")
+	// The kernel hides whose it is, and /proc which one, from a user namespace.
+	who := "another process of this user has it"
+	if os.Getuid() == 0 {
+		who = "another user's process has it"
+	}
+	assert.ErrorContains(t, err, who+"; stop what holds it (sudo ss -ltnp 'sport = :20200' on the host tells)")
 }
 
 func TestDownLeavesNothing(t *testing.T) {
