@@ -65,6 +65,7 @@ type search struct {
 	attempts    int // attempts is the number of ports tried, those tried again included.
 	tried       int // tried is the number of different ports tried.
 	unsure      int // unsure is the number of refusals with the verdict maybe.
+	jumps       int // jumps is how often the view was made to look elsewhere.
 
 	// The rest is about the current pass over the range.
 	passed    int           // passed is the number of ports tried.
@@ -84,8 +85,7 @@ type heldPort struct {
 }
 
 // newSearch starts a search for a port that serves all of reqs, which differ
-// only in their addresses.
-// view is nil if the host can't be seen.
+// only in their addresses. view is nil if the host can't be seen.
 func newSearch(ctx context.Context, reqs []portmapperapi.PortBindingReq, view *hostView) search {
 	s := search{
 		ctx:   ctx,
@@ -154,8 +154,10 @@ func (s *search) choose() bool {
 // chooseFree is choose where the host can be seen: it picks a port that is free
 // there.
 func (s *search) chooseFree() bool {
-	if s.dynamic() && s.attempts > 0 && s.attempts%inOrder == 0 {
-		s.view.jump() // The port driver knows more of the host than can be seen.
+	if s.dynamic() && s.attempts >= (s.jumps+1)*inOrder {
+		// The port driver knows more of the host than can be seen.
+		s.jumps++
+		s.view.jump()
 	}
 	port, passed, err := s.view.free()
 	if r := (*hostRefusal)(nil); errors.As(err, &r) {
@@ -168,7 +170,7 @@ func (s *search) chooseFree() bool {
 		return s.choose()
 	}
 	s.passed += passed
-	s.tried = max(s.tried, s.passed)
+	s.tried = max(s.tried, min(s.passed, s.view.count()))
 	if port != 0 {
 		s.begin, s.last = port, port
 		return true
@@ -203,10 +205,11 @@ func (s *search) othersHold() bool {
 
 // isUnallocated tells whether this daemon has port on none of its addresses.
 func isUnallocated(proto types.Protocol, port int) bool {
-	any := []net.IP{net.IPv4zero, net.IPv6zero}
-	_, err := portallocator.Get().RequestPortsInRange(any, proto.String(), port, port)
+	// The allocator gives a port on these only if it has given it on no other.
+	wildcards := []net.IP{net.IPv4zero, net.IPv6zero}
+	_, err := portallocator.Get().RequestPortsInRange(wildcards, proto.String(), port, port)
 	if err == nil {
-		portallocator.NewOSAllocator().ReleasePorts(any, proto, port)
+		portallocator.NewOSAllocator().ReleasePorts(wildcards, proto, port)
 	}
 	return err == nil
 }
@@ -378,6 +381,9 @@ func (s *search) failure(how string, cause error) error {
 	}
 	if how != "" {
 		how += ": "
+	}
+	if cause == nil {
+		cause = errors.New("no port was refused")
 	}
 	who := ""
 	if r := (*hostRefusal)(nil); s.fixed() && s.view != nil && errors.As(cause, &r) && driverVerdict(cause) == taken {
