@@ -296,16 +296,22 @@ func (s *socketStock) take(kind socketKind) (int, error) {
 func (s *socketStock) refill() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	var taken []socketKind
 	for kind, fd := range s.fds {
-		if fd >= 0 {
-			continue
+		if fd < 0 {
+			taken = append(taken, kind)
 		}
-		onHost(func() {
+	}
+	if taken == nil {
+		return
+	}
+	onHost(func() {
+		for _, kind := range taken {
 			if fd, err := kind.make(); err == nil {
 				s.fds[kind] = fd
 			}
-		})
-	}
+		}
+	})
 }
 
 // make makes a socket on the calling thread.
