@@ -37,7 +37,7 @@ type PortDriverClient interface {
 	AddPort(ctx context.Context, proto string, hostIP, childIP netip.Addr, hostPort int) (func() error, error)
 }
 
-// Register the "nat" port mapper with libnetwork.
+// Register makes the port mapper known to libnetwork, as "nat".
 func Register(r portmapperapi.Registerer, cfg Config) error {
 	return r.Register(driverName, NewPortMapper(cfg))
 }
@@ -45,15 +45,14 @@ func Register(r portmapperapi.Registerer, cfg Config) error {
 // PortMapper publishes ports by binding them and, in rootless mode, by having
 // RootlessKit expose them. The zero value is a rootful PortMapper.
 type PortMapper struct {
-	// pdc is used to interact with RootlessKit's port driver.
+	// pdc asks for host ports. It is nil in rootful mode, or a nil pointer.
 	pdc PortDriverClient
 }
 
 // Config is the configuration of a PortMapper.
 type Config struct {
-	// RlkClient is called by MapPorts to determine the ChildHostIP and ask
-	// RootlessKit to expose ports on the host. It is nil, or a nil pointer,
-	// when no port driver is to be asked.
+	// RlkClient speaks to RootlessKit's port driver. It is nil, or a nil
+	// pointer, when there is none to ask.
 	RlkClient PortDriverClient
 }
 
@@ -76,9 +75,8 @@ func (pm PortMapper) MapPorts(ctx context.Context, cfg []portmapperapi.PortBindi
 	if len(cfg) == 0 {
 		return nil, nil
 	}
-	// Ensure that all of cfg's entries have the same proto and ports.
 	first := cfg[0]
-	for _, c := range cfg[1:] {
+	for _, c := range cfg {
 		if c.Proto != first.Proto || c.Port != first.Port || c.HostPort != first.HostPort || c.HostPortEnd != first.HostPortEnd {
 			return nil, types.InternalErrorf("port binding mismatch %d/%s:%d-%d, %d/%s:%d-%d",
 				first.Port, first.Proto, first.HostPort, first.HostPortEnd,
@@ -140,7 +138,7 @@ func (pm PortMapper) UnmapPorts(ctx context.Context, pbs []portmapperapi.PortBin
 	for _, pb := range pbs {
 		if pb.BoundSocket != nil {
 			if err := pb.BoundSocket.Close(); err != nil {
-				errs = append(errs, fmt.Errorf("failed to close socket for port mapping %s: %w", pb, err))
+				errs = append(errs, fmt.Errorf("failed to close the child's socket of %s: %w", pb, err))
 			}
 		}
 		ownPorts.remove(pb.Proto, int(pb.HostPort))
