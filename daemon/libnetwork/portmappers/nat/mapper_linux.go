@@ -17,6 +17,7 @@ import (
 	"net/netip"
 	"reflect"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/moby/moby/v2/daemon/libnetwork/portallocator"
@@ -198,6 +199,9 @@ func (pm PortMapper) served(cfg []portmapperapi.PortBindingReq) ([]portmapperapi
 
 // notServed is the error for cfg, when the port driver serves none of it.
 func notServed(cfg []portmapperapi.PortBindingReq) error {
+	if p := cfg[0].Proto; p != types.TCP && p != types.UDP && p != types.SCTP {
+		return fmt.Errorf("cannot publish container port %d: unknown protocol %s", cfg[0].Port, p)
+	}
 	var protos []string
 	for _, req := range cfg {
 		family := "4"
@@ -219,13 +223,25 @@ func checkOverlap(reqs []portmapperapi.PortBindingReq) error {
 		a := addrOf(req.HostIP)
 		for _, other := range reqs[i+1:] {
 			b := addrOf(other.HostIP)
-			if a == b || a.Is4() == b.Is4() && (a.IsUnspecified() || b.IsUnspecified()) {
-				return fmt.Errorf("cannot publish container port %d/%s on host addresses %s and %s with the same host port: address already in use; publish it on one of them",
-					req.Port, req.Proto, a, b)
+			switch {
+			case a == b:
+				return fmt.Errorf("cannot publish container port %d/%s twice on host port %s of %s: address already in use; publish it once",
+					req.Port, req.Proto, portsOf(req), a)
+			case a.Is4() == b.Is4() && (a.IsUnspecified() || b.IsUnspecified()):
+				return fmt.Errorf("cannot publish container port %d/%s on host port %s of both %s and %s: address already in use; publish it on one of them",
+					req.Port, req.Proto, portsOf(req), a, b)
 			}
 		}
 	}
 	return nil
+}
+
+// portsOf is the host port, or the range, that req asks for.
+func portsOf(req portmapperapi.PortBindingReq) string {
+	if req.HostPort == req.HostPortEnd {
+		return strconv.Itoa(int(req.HostPort))
+	}
+	return fmt.Sprintf("%d-%d", req.HostPort, req.HostPortEnd)
 }
 
 // childAddrs returns the child address of each of reqs.

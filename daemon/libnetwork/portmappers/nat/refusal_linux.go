@@ -64,6 +64,7 @@ var marks = []struct {
 	{forbidden, 0, "all ports are allocated", adviseOurs},
 
 	{no, unix.EADDRNOTAVAIL, "cannot assign requested address", "publish on an address that the host has (ip address)"},
+	{no, unix.EINVAL, "invalid argument", "publish on another address: a link-local one needs a zone, which is not passed on"},
 	{no, unix.EAFNOSUPPORT, "address family not supported by protocol", adviseProto},
 	{no, unix.EPROTONOSUPPORT, "protocol not supported", adviseProto},
 	{no, unix.EMFILE, "too many open files", adviseLimits},
@@ -208,13 +209,13 @@ func advice(err error, first int, proto types.Protocol) string {
 	if isAPIFailure(err) {
 		return "; " + adviseAPI
 	}
+	v, text := judge(err)
 	port := first
 	if r := (*hostRefusal)(nil); errors.As(err, &r) {
 		port = r.port
-	}
-	v, text := judge(err)
-	if v == maybe && port < firstUnprivileged {
-		text = advisePrivileged
+		if v == maybe && port < firstUnprivileged {
+			text = advisePrivileged
+		}
 	}
 	switch text {
 	case "":

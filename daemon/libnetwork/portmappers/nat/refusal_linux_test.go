@@ -126,12 +126,13 @@ func TestAdvice(t *testing.T) {
 		{"invalid IP: 1.2.3", 8080, types.TCP, ""},
 		{"too many open files", 8080, types.TCP, "ulimit -n"},
 	} {
-		got := advice(errors.New(tc.text), tc.port, tc.proto)
+		got := advice(&hostRefusal{port: tc.port, proto: tc.proto, err: errors.New(tc.text)}, 1, tc.proto)
 		assert.Check(t, is.Contains(got, tc.want))
 		assert.Check(t, is.Equal(got == "", tc.want == ""), "%q: %q", tc.text, got)
 	}
 	inChild := advice(&childRefusal{syscall.EADDRINUSE}, 8080, types.TCP)
 	assert.Check(t, is.Equal(inChild, "; publish another host port, or 0 for any free one"))
+	assert.Check(t, is.Equal(advice(errors.New("invalid port range: 0-65535"), 0, types.TCP), ""))
 	assert.Check(t, is.Equal(advice(context.Canceled, 80, types.TCP), ""))
 }
 
