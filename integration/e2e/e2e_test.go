@@ -245,21 +245,8 @@ func machine(t *testing.T, s *stack.Stack) string {
 	assert.NilError(t, err)
 	fmt.Fprintf(&b, "mounts:\n%s", mounts)
 
-	// The network namespace is the tests' own.
 	for _, file := range []string{"tcp", "tcp6", "udp", "udp6", "unix"} {
-		sockets, err := os.ReadFile("/proc/net/" + file)
-		assert.NilError(t, err)
-		fmt.Fprintf(&b, "%s sockets:\n", file)
-		for line := range strings.Lines(string(sockets)) {
-			f := strings.Fields(line)
-			const listen = "0A" // include/net/tcp_states.h
-			if strings.HasPrefix(file, "tcp") && f[3] == listen || strings.HasPrefix(file, "udp") {
-				fmt.Fprintln(&b, f[1])
-			}
-			if file == "unix" && len(f) > 7 {
-				fmt.Fprintln(&b, f[7])
-			}
-		}
+		fmt.Fprintf(&b, "%s sockets:\n%s", file, sockets(t, file))
 	}
 
 	fmt.Fprintln(&b, "processes:")
@@ -288,6 +275,26 @@ func machine(t *testing.T, s *stack.Stack) string {
 				continue
 			}
 			fmt.Fprintln(&b, filepath.Join(dir, e.Name()))
+		}
+	}
+	return b.String()
+}
+
+// sockets lists those that can be reached on the host, a line each; file is tcp, tcp6, udp,
+// udp6 or unix. The network namespace is the tests' own.
+func sockets(t *testing.T, file string) string {
+	t.Helper()
+	data, err := os.ReadFile("/proc/net/" + file)
+	assert.NilError(t, err)
+	var b strings.Builder
+	for line := range strings.Lines(string(data)) {
+		f := strings.Fields(line)
+		const listen = "0A" // include/net/tcp_states.h
+		if strings.HasPrefix(file, "tcp") && f[3] == listen || strings.HasPrefix(file, "udp") {
+			fmt.Fprintln(&b, f[1])
+		}
+		if file == "unix" && len(f) > 7 {
+			fmt.Fprintln(&b, f[7])
 		}
 	}
 	return b.String()

@@ -120,6 +120,7 @@ func runInNamespace() int {
 // Daemon is the daemon of a running stack that has the test image.
 type Daemon struct {
 	*stack.Stack
+	Log    string // file with the stack's output
 	docker string
 }
 
@@ -151,7 +152,7 @@ func StartAs(t *testing.T, testUser, dockerd string, o stack.Options) *Daemon {
 		t.Logf("the stack's log: %s", o.Log)
 	})
 	assert.NilError(t, s.Up(interrupted, o))
-	d := &Daemon{Stack: s, docker: filepath.Join(o.Bin, "docker")}
+	d := &Daemon{Stack: s, Log: o.Log, docker: filepath.Join(o.Bin, "docker")}
 	assert.NilError(t, image.Import(t.Context(), root, d.docker, s.Host()))
 	return d
 }
