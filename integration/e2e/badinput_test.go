@@ -77,12 +77,12 @@ var requests = []request{
 
 	{
 		name: "same binding twice", bindings: []binding{{HostPort: "20100"}, {HostPort: "20100"}},
-		refused: "with the same host port: address already in use",
+		refused: "twice on host port 20100 of 0.0.0.0: address already in use",
 	},
-	{name: "same dynamic binding twice", bindings: []binding{{}, {}}, refused: "with the same host port: address already in use"},
+	{name: "same dynamic binding twice", bindings: []binding{{}, {}}, refused: "twice on host port 0 of 0.0.0.0: address already in use"},
 	{
 		name: "one address and all addresses", bindings: []binding{{HostPort: "20200"}, {HostIP: "127.0.0.1", HostPort: "20200"}},
-		refused: "0.0.0.0 and 127.0.0.1 with the same host port: address already in use",
+		refused: "both 0.0.0.0 and 127.0.0.1: address already in use",
 	},
 	// What was refused has left no reservation.
 	{name: "port that the range came out at", bindings: []binding{{HostPort: "1024"}}, ports: []int{1024}},
