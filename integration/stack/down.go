@@ -37,6 +37,15 @@ func (s *Stack) Down(ctx context.Context) error {
 
 // remove is Down without the lock.
 func (s *Stack) remove(ctx context.Context) error {
+	if err := s.stop(ctx); err != nil {
+		return err // never remove files through a mount
+	}
+	err := s.removeFiles()
+	return errors.Join(err, s.left())
+}
+
+// stop ends the stack's processes and mounts. Its files stay.
+func (s *Stack) stop(ctx context.Context) error {
 	processes, err := s.processes()
 	if err != nil {
 		return err
@@ -69,13 +78,7 @@ func (s *Stack) remove(ctx context.Context) error {
 			errs = append(errs, fmt.Errorf("unmount %s: %w", m, err))
 		}
 	}
-	if errs != nil {
-		return errors.Join(errs...) // never remove files through a mount
-	}
-	if err := s.removeFiles(); err != nil {
-		errs = append(errs, err)
-	}
-	return errors.Join(append(errs, s.left())...)
+	return errors.Join(errs...)
 }
 
 // waitUntilGone returns when the stack has no process left, or after the timeout; it sends

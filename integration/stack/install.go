@@ -49,6 +49,22 @@ func stackAccount(testUser string) (account, error) {
 	return account{name: u.Username, home: u.HomeDir, uid: uid, gid: gid}, nil
 }
 
+// behindAPI runs dockerd with another socket in the place of RootlessKit's API. It does so in
+// RootlessKit's child, whose mounts are its own: on the host, RootlessKit's socket stays where it is.
+const behindAPI = `#!/bin/sh
+set -eu
+api="$ROOTLESSKIT_STATE_DIR/api.sock"
+# RootlessKit makes it when the child runs already.
+until [ -S "$api" ]; do sleep 0.05; done
+mount --bind "$` + behindAPIVar + `" "$api"
+exec "$(dirname "$0")/dockerd" "$@"
+`
+
+const (
+	behindAPIName = "dockerd-behind-api"
+	behindAPIVar  = "BERTH_ROOTLESSKIT_API"
+)
+
 // install makes the stack's folders, and puts into its own bin folder what it runs. That
 // folder is how its processes are known later, and it can be read by the stack's user.
 func (s *Stack) install(o Options) error {
@@ -83,6 +99,15 @@ func (s *Stack) install(o Options) error {
 	// dockerd-rootless.sh prefers a docker-rootlesskit, which the machine may have of its own.
 	if err := put("docker-rootlesskit", o.RootlessKit); err != nil {
 		return err
+	}
+	if o.RootlessKitAPI != "" {
+		script := filepath.Join(s.binDir(), behindAPIName)
+		if err := os.WriteFile(script, []byte(behindAPI), 0o755); err != nil {
+			return err
+		}
+		if err := os.Chmod(script, 0o755); err != nil {
+			return err
+		}
 	}
 	names := []string{"dockerd-rootless.sh", "docker-proxy", "containerd", "containerd-shim-runc-v2", "runc"}
 	if o.Net == "pasta" {

@@ -20,6 +20,40 @@ type process struct {
 
 func (p process) String() string { return fmt.Sprintf("%d (%s)", p.pid, filepath.Base(p.exe)) }
 
+// PID returns the process that runs that program of the stack: dockerd, or docker-rootlesskit. Of
+// RootlessKit's two processes it is the parent, the one on the host.
+func (s *Stack) PID(program string) (int, error) {
+	p, err := s.process(program)
+	return p.pid, err
+}
+
+// Kill ends the process that [Stack.PID] is about, and does not let it clean up.
+func (s *Stack) Kill(program string) error {
+	p, err := s.process(program)
+	if err != nil {
+		return err
+	}
+	return p.signal(unix.SIGKILL)
+}
+
+func (s *Stack) process(program string) (process, error) {
+	processes, err := s.processes()
+	if err != nil {
+		return process{}, err
+	}
+	byPID := map[int]process{}
+	for _, p := range processes {
+		byPID[p.pid] = p
+	}
+	exe := filepath.Join(s.binDir(), program)
+	for _, p := range processes {
+		if p.exe == exe && byPID[p.ppid].exe != exe {
+			return p, nil
+		}
+	}
+	return process{}, fmt.Errorf("the stack at %s runs no %s", s.Dir, program)
+}
+
 // processes lists the stack's processes: those whose program lies in the stack's bin
 // folder, those in a mount namespace that has mounts in the stack's directory (containers,
 // also when everything above them has been killed), and the descendants of both

@@ -50,6 +50,10 @@ type Options struct {
 	PortDriver    string // RootlessKit's port driver, DefaultPortDriver by default
 	NoDetachNetns bool   // dockerd's process is in the child namespace, as a whole
 
+	// RootlessKitAPI, if set, is the socket that dockerd finds where RootlessKit's API is. The
+	// stack's user must be able to connect to it.
+	RootlessKitAPI string
+
 	Progress io.Writer // told what Up waits for when it takes more than 2 s; may be nil
 }
 
@@ -106,22 +110,7 @@ func (s *Stack) socket() string     { return filepath.Join(s.runtimeDir(), "dock
 // already. When the start fails, or ctx ends first, nothing of it stays but the log. The
 // stack lives in the network namespace of the calling thread, and outlives this process.
 func (s *Stack) Up(ctx context.Context, o Options) (retErr error) {
-	if o.Dockerd == "" {
-		o.Dockerd = filepath.Join(o.Bin, "dockerd")
-	}
-	if o.RootlessKit == "" {
-		o.RootlessKit = filepath.Join(o.Bin, "rootlesskit")
-	}
-	if o.Net == "" {
-		o.Net = DefaultNet
-	}
-	if o.PortDriver == "" {
-		o.PortDriver = DefaultPortDriver
-	}
-	if o.Progress == nil {
-		o.Progress = io.Discard
-	}
-
+	o = o.withDefaults()
 	err := os.Mkdir(s.Dir, 0o755)
 	if err != nil && !errors.Is(err, os.ErrExist) {
 		return fmt.Errorf("make the stack's directory: %w", err)
@@ -153,7 +142,34 @@ func (s *Stack) Up(ctx context.Context, o Options) (retErr error) {
 	if err := os.MkdirAll(filepath.Dir(o.Log), 0o755); err != nil {
 		return err
 	}
-	log, err := os.Create(o.Log)
+	return s.start(ctx, o, os.O_TRUNC)
+}
+
+// Restart stops what there still is of the stack, as [Stack.Down] does, and starts it again with
+// its files: images, containers, and whatever a killed process has left. o is as for the Up, and
+// the log goes on. When the start fails, the files stay.
+func (s *Stack) Restart(ctx context.Context, o Options) error {
+	unlock, err := s.lock()
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	if err := s.stop(ctx); err != nil {
+		return err
+	}
+	// The processes that these name have ended, but where their parent was killed, too, they can be
+	// zombies for a while, until init reaps them. dockerd takes a zombie for a running daemon.
+	for _, file := range []string{"docker.pid", "docker/containerd/containerd.pid"} {
+		if err := os.Remove(filepath.Join(s.runtimeDir(), file)); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+	}
+	return s.start(ctx, o.withDefaults(), os.O_APPEND)
+}
+
+// start runs what install has put in its place, and returns when the API answers.
+func (s *Stack) start(ctx context.Context, o Options, logFlag int) error {
+	log, err := os.OpenFile(o.Log, os.O_WRONLY|os.O_CREATE|logFlag, 0o644)
 	if err != nil {
 		return err
 	}
@@ -176,6 +192,25 @@ func (s *Stack) Up(ctx context.Context, o Options) (retErr error) {
 	return nil
 }
 
+func (o Options) withDefaults() Options {
+	if o.Dockerd == "" {
+		o.Dockerd = filepath.Join(o.Bin, "dockerd")
+	}
+	if o.RootlessKit == "" {
+		o.RootlessKit = filepath.Join(o.Bin, "rootlesskit")
+	}
+	if o.Net == "" {
+		o.Net = DefaultNet
+	}
+	if o.PortDriver == "" {
+		o.PortDriver = DefaultPortDriver
+	}
+	if o.Progress == nil {
+		o.Progress = io.Discard
+	}
+	return o
+}
+
 // command is upstream's script with what it needs from the environment, and nothing else from ours.
 func (s *Stack) command(o Options) *exec.Cmd {
 	cmd := exec.Command(filepath.Join(s.binDir(), "dockerd-rootless.sh"),
@@ -195,6 +230,10 @@ func (s *Stack) command(o Options) *exec.Cmd {
 		"DOCKERD_ROOTLESS_ROOTLESSKIT_NET=" + o.Net,
 		"DOCKERD_ROOTLESS_ROOTLESSKIT_PORT_DRIVER=" + o.PortDriver,
 		"DOCKERD_ROOTLESS_ROOTLESSKIT_DETACH_NETNS=" + strconv.FormatBool(!o.NoDetachNetns),
+	}
+	if o.RootlessKitAPI != "" {
+		// The last one of a name holds.
+		cmd.Env = append(cmd.Env, "DOCKERD="+filepath.Join(s.binDir(), behindAPIName), behindAPIVar+"="+o.RootlessKitAPI)
 	}
 	// A session of its own: a Ctrl-C at the terminal is for us, and the stack outlives us.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}

@@ -120,8 +120,9 @@ func runInNamespace() int {
 // Daemon is the daemon of a running stack that has the test image.
 type Daemon struct {
 	*stack.Stack
-	Log    string // file with the stack's output
-	docker string
+	Options stack.Options // that it was started with
+	Log     string        // file with the stack's output
+	docker  string
 }
 
 // Start starts a stack for the test with the daemon of that name from build/bin, or o.Bin,
@@ -152,7 +153,7 @@ func StartAs(t *testing.T, testUser, dockerd string, o stack.Options) *Daemon {
 		t.Logf("the stack's log: %s", o.Log)
 	})
 	assert.NilError(t, s.Up(interrupted, o))
-	d := &Daemon{Stack: s, Log: o.Log, docker: filepath.Join(o.Bin, "docker")}
+	d := &Daemon{Stack: s, Options: o, Log: o.Log, docker: filepath.Join(o.Bin, "docker")}
 	assert.NilError(t, image.Import(t.Context(), root, d.docker, s.Host()))
 	return d
 }
