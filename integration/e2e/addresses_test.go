@@ -52,5 +52,10 @@ func TestTwoContainersOnePortTwoHostAddresses(t *testing.T) {
 			assert.NilError(t, err)
 		}
 		check()
+
+		_, err = d.Docker(append([]string{"update", "--restart", "always"}, ids...)...)
+		assert.NilError(t, err)
+		assert.NilError(t, d.Restart(t.Context(), d.Options))
+		check()
 	})
 }
