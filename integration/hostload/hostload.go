@@ -131,6 +131,18 @@ func (p *Process) Stop() (Report, error) {
 	return r, p.cmd.Wait()
 }
 
+// Kill ends the load in the way that a crash does: the kernel frees its ports.
+func (p *Process) Kill() error {
+	if err := p.cmd.Process.Kill(); err != nil {
+		return err
+	}
+	p.stdin.Close()
+	if err := p.cmd.Wait(); p.cmd.ProcessState == nil {
+		return err
+	}
+	return nil // it did not end well, as it should
+}
+
 func (p *Process) failed(err error) error {
 	p.stdin.Close()
 	if waitErr := p.cmd.Wait(); waitErr != nil {
