@@ -69,6 +69,9 @@ func (s *Stack) stop(ctx context.Context) error {
 	if err := s.waitUntilGone(context.WithoutCancel(ctx), killTimeout, unix.SIGKILL); err != nil {
 		return err
 	}
+	if err := s.waitUntilClosed(); err != nil {
+		return err
+	}
 
 	// The stack's mounts were in its own namespace and went with it; this is for those that
 	// someone else made.
@@ -150,14 +153,12 @@ func (s *Stack) left() error {
 	for _, m := range s.mounts() {
 		left = append(left, "mount "+m)
 	}
-	sockets, err := os.ReadFile("/proc/net/unix")
+	sockets, err := s.sockets()
 	if err != nil {
 		return err
 	}
-	for line := range strings.Lines(string(sockets)) {
-		if i := strings.Index(line, s.Dir+"/"); i >= 0 {
-			left = append(left, "socket "+strings.TrimSpace(line[i:]))
-		}
+	for _, socket := range sockets {
+		left = append(left, "socket "+socket)
 	}
 	if s.Exists() {
 		left = append(left, "directory "+s.Dir)
@@ -166,6 +167,32 @@ func (s *Stack) left() error {
 		return fmt.Errorf("left of the stack: %s", strings.Join(left, ", "))
 	}
 	return nil
+}
+
+// waitUntilClosed returns when the stack's sockets are closed, or after killTimeout: a process
+// seems to have ended when its first thread has, and its last one closes its files.
+func (s *Stack) waitUntilClosed() error {
+	for deadline := time.Now().Add(killTimeout); ; time.Sleep(pollInterval) {
+		sockets, err := s.sockets()
+		if err != nil || len(sockets) == 0 || time.Now().After(deadline) {
+			return err
+		}
+	}
+}
+
+// sockets lists the sockets in the stack's directory, in our network namespace.
+func (s *Stack) sockets() ([]string, error) {
+	data, err := os.ReadFile("/proc/net/unix")
+	if err != nil {
+		return nil, err
+	}
+	var sockets []string
+	for line := range strings.Lines(string(data)) {
+		if i := strings.Index(line, s.Dir+"/"); i >= 0 {
+			sockets = append(sockets, strings.TrimSpace(line[i:]))
+		}
+	}
+	return sockets, nil
 }
 
 // mounts lists the mounts in the stack's directory, in our namespace, in the order they were made.
