@@ -1,6 +1,6 @@
 # `make` lists the targets. All that is built goes to build/.
 .DEFAULT_GOAL := help
-.PHONY: help deps build stress users test docs check bench bench-docs clean
+.PHONY: help deps build stress users test race lock docs check bench bench-docs clean
 .NOTPARALLEL: # go uses all processors itself, and the order of what a target needs is meant
 
 BERTH := build/bin/berth
@@ -27,6 +27,13 @@ users: deps build ## watch two users' daemons start containers at once, stock an
 test: deps check build ## everything: check, then the end-to-end test on real stacks
 	@$(BERTH) build pasta rootlesskit2
 	go test -tags integration -count=1 -timeout 30m ./integration/...
+
+race: deps build ## the end-to-end tests of a dockerd with the race detector in it, which takes minutes to build
+	@$(BERTH) build --race pasta
+	BERTH_TEST_DOCKERD=dockerd-race go test -tags integration -count=1 -v -timeout 30m -skip Stock ./integration/e2e
+
+lock: deps build ## what other containers feel of one that searches for a port, stock and Berth (as root; build/results/lock.json)
+	go test -tags integration -count=1 -v -run '^TestStopsWaitForASearch$$' ./integration/e2e
 
 docs: deps build ## write docs/port-drivers.md of what the port drivers answer
 	@$(BERTH) build rootlesskit2

@@ -24,6 +24,10 @@ import (
 	"berth/hack/tree"
 )
 
+// Race is the component that is the patched dockerd with the race detector in it. It is built only when asked for by name: it
+// shares no package with the others, so that the first time takes minutes.
+const Race = "dockerd-race"
+
 // Run builds the components of the checkout at root that are named, without names all but the optional ones, and tells out
 // about each in a line. What it needs of them is in place under build/bin when it returns nil. An interrupted or failed Run leaves
 // the binaries of the one before it; the next goes on from there.
@@ -78,10 +82,14 @@ type component struct {
 	pkg     string // the Go package to build, or
 	file    string // the file to take, made first if the pin is Debian's
 	patched bool
+	race    bool
 	patch   string // when patched: a hash of what of the patch goes into the binary
 	version string
 	commit  string
 }
+
+// cgo tells whether it is built with cgo, which the race detector is linked by.
+func (c component) cgo() bool { return c.pin.CGO || c.race }
 
 func components(ctx context.Context, root string, list []pins.Pin) ([]component, error) {
 	var all []component
@@ -103,8 +111,10 @@ func components(ctx context.Context, root string, list []pins.Pin) ([]component,
 			patched.patched, patched.patch = true, hash
 			patched.version = fmt.Sprintf("%s+berth.%d", pin.Release, pin.Patch)
 			patched.commit = commit(ctx, root)
+			race := patched
+			race.name, race.race = Race, true
 			c.name += "-stock"
-			all = append(all, patched, c)
+			all = append(all, patched, race, c)
 		}
 		for _, file := range pin.Files {
 			all = append(all, component{name: path.Base(file), pin: pin, file: file, version: pin.Release})
@@ -116,7 +126,7 @@ func components(ctx context.Context, root string, list []pins.Pin) ([]component,
 func choose(all []component, names []string) ([]component, error) {
 	var chosen []component
 	for _, c := range all {
-		if slices.Contains(names, c.name) || len(names) == 0 && !c.pin.Optional {
+		if slices.Contains(names, c.name) || len(names) == 0 && !c.pin.Optional && !c.race {
 			chosen = append(chosen, c)
 		}
 	}
@@ -306,7 +316,7 @@ func (b *builder) run(ctx context.Context, c component, dir, name string, args [
 	cmd.WaitDelay = 10 * time.Second
 	fmt.Fprintf(log, "in %s: %s %s\n", dir, strings.Join(env(c), " "), strings.Join(cmd.Args, " "))
 	if err := cmd.Run(); err != nil {
-		if c.pin.CGO || c.pin.Debian != "" {
+		if c.cgo() || c.pin.Debian != "" {
 			err = fmt.Errorf("%w (hack/deps.sh installs the C compiler and the libraries)", err)
 		}
 		return fmt.Errorf("%s: %w\n%s\nthe whole log: %s", c.name, err, tail(log.Name()), logName)
@@ -317,7 +327,7 @@ func (b *builder) run(ctx context.Context, c component, dir, name string, args [
 // env is what must not depend on the caller's environment.
 func env(c component) []string {
 	cgo := "CGO_ENABLED=0"
-	if c.pin.CGO {
+	if c.cgo() {
 		cgo = "CGO_ENABLED=1"
 	}
 	return []string{cgo, "GOWORK=off", "GOFLAGS=-mod=readonly"}
@@ -336,7 +346,11 @@ func args(c component) []string {
 	if c.pin.CommitVar != "" {
 		ldflags += " -X " + c.pin.CommitVar + "=" + c.commit
 	}
-	return []string{"-trimpath", "-buildvcs=false", "-tags=" + strings.Join(c.pin.Tags, ","), "-ldflags=" + ldflags, c.pkg}
+	args := []string{"-trimpath", "-buildvcs=false", "-tags=" + strings.Join(c.pin.Tags, ","), "-ldflags=" + ldflags}
+	if c.race {
+		args = append(args, "-race")
+	}
+	return append(args, c.pkg)
 }
 
 // tail is the last lines of a log.

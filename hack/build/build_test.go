@@ -4,11 +4,13 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"debug/buildinfo"
 	"fmt"
 	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime/debug"
 	"strings"
 	"testing"
 	"time"
@@ -168,7 +170,20 @@ func TestBuildsByName(t *testing.T) {
 	assert.Equal(t, says(t, root, "other"), "proxy")
 
 	err := Run(t.Context(), root, &bytes.Buffer{}, []string{"moby"})
-	assert.Error(t, err, `no component "moby": there are dockerd, dockerd-stock, proxy, start.sh, cli, other`)
+	assert.Error(t, err, `no component "moby": there are dockerd, dockerd-race, dockerd-stock, proxy, start.sh, cli, other`)
+}
+
+func TestRaceIsThePatchWithTheDetector(t *testing.T) {
+	root := checkout(t)
+	assert.DeepEqual(t, result(t, root, Race), map[string]string{Race: "built"})
+	assert.Equal(t, says(t, root, Race), "patched 29.0.0+berth.2 unknown")
+	info, err := buildinfo.ReadFile(filepath.Join(root, "build/bin", Race))
+	assert.NilError(t, err)
+	assert.Check(t, is.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"}))
+	assert.DeepEqual(t, result(t, root, "dockerd", Race), map[string]string{"dockerd": "built", Race: "unchanged"})
+
+	write(t, filepath.Join(root, nat, "mapper_linux.go"), "package nat\n\nconst Name = \"better\"\n")
+	assert.DeepEqual(t, result(t, root, Race), map[string]string{Race: "built"})
 }
 
 func TestFailureShowsTheCompilersOutput(t *testing.T) {

@@ -36,6 +36,10 @@ var Addresses = [2]string{"10.0.0.1", "10.0.0.2"}
 
 const inNamespace = "BERTH_TEST_NETNS"
 
+// standIn names what [Start] runs where a test asks for the patched daemon, dockerd:
+// dockerd-race has the race detector in it.
+const standIn = "BERTH_TEST_DOCKERD"
+
 // Main runs the tests. Root's run in a network namespace that is made for them, with
 // [Addresses]: every port is free there, and the machine's own are not touched. Another
 // user's run in the namespace where the user is, since making one would cost the sub-ids
@@ -143,9 +147,16 @@ func StartAs(t *testing.T, testUser, dockerd string, o stack.Options) *Daemon {
 	if o.Bin == "" {
 		o.Bin = filepath.Join(root, "build", "bin")
 	}
+	if name := os.Getenv(standIn); name != "" && dockerd == "dockerd" {
+		dockerd = name
+	}
 	o.Dockerd = filepath.Join(o.Bin, dockerd)
 	o.Log = filepath.Join(root, "build", "log", "test", strings.ReplaceAll(t.Name(), "/", "-")+"-"+s.User()+".log")
 	t.Cleanup(func() {
+		if err := s.Down(context.Background()); err != nil {
+			t.Error(err)
+		}
+		checkRaces(t, o.Log)
 		if !t.Failed() {
 			assert.NilError(t, os.Remove(o.Log))
 			return
@@ -237,7 +248,7 @@ func AssertAnswers(t *testing.T, network string, at netip.AddrPort, id string) {
 	var answer string
 	poll.WaitOn(t, func(poll.LogT) poll.Result {
 		var err error
-		if answer, err = ask(network, at); err != nil || answer == "" {
+		if answer, err = Ask(network, at); err != nil || answer == "" {
 			return poll.Continue("%s %v does not answer: %v", network, at, err) // not yet listening
 		}
 		return poll.Success()
@@ -245,8 +256,8 @@ func AssertAnswers(t *testing.T, network string, at netip.AddrPort, id string) {
 	assert.Assert(t, strings.HasSuffix(answer, id[:12]+"\n"), "%s %v answered %q, want %s", network, at, answer, id[:12])
 }
 
-// ask returns all that comes back from the address.
-func ask(network string, at netip.AddrPort) (string, error) {
+// Ask returns all that comes back from the address; network is tcp or udp.
+func Ask(network string, at netip.AddrPort) (string, error) {
 	conn, err := net.DialTimeout(network, at.String(), time.Second)
 	if err != nil {
 		return "", err
