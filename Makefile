@@ -30,10 +30,10 @@ test: deps check build ## everything: check, then the end-to-end test on real st
 
 race: deps build ## the end-to-end tests of a dockerd with the race detector in it, which takes minutes to build
 	@$(BERTH) build --race pasta
-	BERTH_TEST_DOCKERD=dockerd-race go test -tags integration -count=1 -v -timeout 30m -skip Stock ./integration/e2e
+	BERTH_TEST_DOCKERD=dockerd-race go test -tags integration -count=1 -v -timeout 30m -skip 'Stock|TestStopsWaitForASearch' ./integration/e2e
 
-lock: deps build ## what other containers feel of one that searches for a port, stock and Berth (as root; build/results/lock.json)
-	go test -tags integration -count=1 -v -run '^TestStopsWaitForASearch$$' ./integration/e2e
+lock: deps build ## what other containers feel of one that searches for a port, stock and Berth (as root; build/results/lock.txt)
+	go test -tags integration -count=1 -v -run '^TestStopsWaitForASearch$$' ./integration/e2e -lock-rounds 9
 
 docs: deps build ## write docs/port-drivers.md of what the port drivers answer
 	@$(BERTH) build rootlesskit2

@@ -1,0 +1,247 @@
+//go:build integration
+
+package e2e
+
+import (
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"text/tabwriter"
+	"time"
+
+	"gotest.tools/v3/assert"
+	"gotest.tools/v3/poll"
+
+	"berth/hack/tree"
+	"berth/integration/engine"
+	"berth/integration/hostload"
+	"berth/integration/stack"
+	"berth/integration/stacktest"
+)
+
+var lockRounds = flag.Int("lock-rounds", 2, "how often TestStopsWaitForASearch measures each case")
+
+const (
+	// Stops are spread over a start: some of them come while the search holds the lock.
+	victims   = 4
+	victimGap = 50 * time.Millisecond
+)
+
+// takenPorts are how many host ports are taken, in a row, from the one on that a start takes first.
+var takenPorts = []int{0, 100, 1000, 10000}
+
+// lockRow is what other containers felt of one that was started.
+type lockRow struct {
+	Daemon string `json:"daemon"`
+	Taken  int    `json:"taken"`
+	Starts int    `json:"starts"`
+	Failed int    `json:"failed"`
+
+	StartMedian float64 `json:"start_median_ms"`
+	StopMedian  float64 `json:"stop_median_ms"`
+	StopWorst   float64 `json:"stop_worst_ms"`
+	// SearchMedian is how long the search itself took, of those that the daemon's log tells: those
+	// that were refused a port. A view passes taken ports without asking for them.
+	SearchMedian float64 `json:"search_median_ms,omitempty"`
+	// More is the median of how much longer a stop took than one in the same round with no port taken.
+	More float64 `json:"stop_more_median_ms"`
+
+	starts, stops, searches []time.Duration
+}
+
+// While a start searches, under the bridge driver's one lock, `docker stop` of another container
+// waits. How long is also written to build/results, as lock.txt and lock.json.
+func TestStopsWaitForASearch(t *testing.T) {
+	needsNamespace(t)
+	var rows []lockRow
+	for _, tt := range []struct {
+		name, dockerd string
+		options       stack.Options
+	}{
+		{"stock", "dockerd-stock", stack.Options{}},
+		{"Berth without a view", "dockerd", stack.Options{NoDetachNetns: true}},
+		{"Berth with a view", "dockerd", stack.Options{}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			d := stacktest.Start(t, tt.dockerd, tt.options)
+			rows = append(rows, measureLock(t, d, tt.name)...)
+		})
+	}
+
+	var table strings.Builder
+	w := tabwriter.NewWriter(&table, 0, 0, 2, ' ', tabwriter.AlignRight)
+	fmt.Fprintln(w, "\ttaken\tstarts\tfailed\tsearch, median ms\tstart, median ms\tother's stop, median ms\tworst ms\tmore than with none taken, median ms\t")
+	for _, r := range rows {
+		search := "-"
+		if r.SearchMedian > 0 {
+			search = fmt.Sprintf("%.1f", r.SearchMedian)
+		}
+		fmt.Fprintf(w, "%s\t%d\t%d\t%d\t%s\t%.0f\t%.0f\t%.0f\t%.0f\t\n", r.Daemon, r.Taken, r.Starts, r.Failed, search, r.StartMedian, r.StopMedian, r.StopWorst, r.More)
+	}
+	w.Flush()
+	t.Logf("\n%s", &table)
+	report, err := json.MarshalIndent(rows, "", "  ")
+	assert.NilError(t, err)
+	root, err := tree.Root()
+	assert.NilError(t, err)
+	dir := filepath.Join(root, "build", "results")
+	assert.NilError(t, os.MkdirAll(dir, 0o755))
+	assert.NilError(t, os.WriteFile(filepath.Join(dir, "lock.json"), append(report, '\n'), 0o644))
+	assert.NilError(t, os.WriteFile(filepath.Join(dir, "lock.txt"), []byte(table.String()), 0o644))
+
+	for _, r := range rows {
+		switch {
+		case r.Daemon != "stock":
+			assert.Equal(t, r.Failed, 0, "%+v", r)
+			assert.Assert(t, r.StopWorst < 10_000, "a stop waited for longer than a search may take: %+v", r)
+		case r.Taken > 0:
+			assert.Equal(t, r.Failed, r.Starts, "the load proved nothing: %+v", r)
+		}
+	}
+}
+
+func measureLock(t *testing.T, d *stacktest.Daemon, name string) []lockRow {
+	e := engine.New(d.Host())
+	t.Cleanup(e.Close)
+	var others []string
+	for i := range victims {
+		id, err := e.Create(t.Context(), engine.Port{Container: "80/tcp", Host: fmt.Sprint(20400 + i)})
+		assert.NilError(t, err)
+		others = append(others, id)
+	}
+	rows := make([]lockRow, len(takenPorts))
+	// Each case once a round: what else the machine does is then the same for all.
+	for range *lockRounds {
+		for i, taken := range takenPorts {
+			r := &rows[i]
+			r.Daemon, r.Taken = name, taken
+			r.Starts++
+			told := len(searches(t, d.Log))
+			if err := r.measure(t, e, others); err != nil {
+				r.Failed++
+			}
+			r.searches = append(r.searches, searches(t, d.Log)[told:]...)
+		}
+	}
+	for i := range rows {
+		r := &rows[i]
+		var more []time.Duration
+		for j, s := range r.stops {
+			more = append(more, s-rows[0].stops[j])
+		}
+		r.More = ms(median(more))
+	}
+	for i := range rows {
+		r := &rows[i]
+		r.StartMedian, r.StopMedian, r.StopWorst = ms(median(r.starts)), ms(median(r.stops)), ms(slices.Max(r.stops))
+		if len(r.searches) > 0 {
+			r.SearchMedian = ms(median(r.searches))
+		}
+	}
+	return rows
+}
+
+// measure starts a container with r.Taken ports in its way, stops the others meanwhile, and
+// returns what the start failed with.
+func (r *lockRow) measure(t *testing.T, e *engine.Client, others []string) error {
+	t.Helper()
+	ctx := t.Context()
+	var begun sync.WaitGroup
+	errs := make([]error, len(others))
+	for i, id := range others {
+		begun.Go(func() { errs[i] = e.Start(ctx, id) })
+	}
+	begun.Wait()
+	assert.NilError(t, errors.Join(errs...))
+	for i, id := range others {
+		awaitAnswer(t, 20400+i, id)
+	}
+
+	create := func() string {
+		id, err := e.Create(ctx, engine.Port{Container: "80/tcp"})
+		assert.NilError(t, err)
+		return id
+	}
+	last := create()
+	assert.NilError(t, e.Start(ctx, last))
+	published, err := e.Published(ctx, last)
+	assert.NilError(t, err)
+	assert.Assert(t, len(published["80/tcp"]) > 0)
+	next := int(published["80/tcp"][0].Port()) + 1
+	assert.NilError(t, e.Remove(ctx, last))
+	if r.Taken > 0 {
+		var ports []int
+		for i := range r.Taken {
+			ports = append(ports, firstDefault+(next-firstDefault+i)%(lastDefault-firstDefault+1))
+		}
+		load, err := hostload.Start(hostload.Load{Network: "tcp4", Ports: ports})
+		assert.NilError(t, err)
+		defer func() {
+			_, err := load.Stop()
+			assert.NilError(t, err)
+		}()
+	}
+
+	searcher := create()
+	stops := make([]time.Duration, len(others))
+	var stopped sync.WaitGroup
+	for i, id := range others {
+		stopped.Go(func() {
+			time.Sleep(time.Duration(i) * victimGap)
+			begin := time.Now()
+			errs[i] = e.Stop(ctx, id, 10*time.Second)
+			stops[i] = time.Since(begin)
+		})
+	}
+	begin := time.Now()
+	failure := e.Start(ctx, searcher)
+	r.starts = append(r.starts, time.Since(begin))
+	stopped.Wait()
+	assert.NilError(t, errors.Join(errs...))
+	r.stops = append(r.stops, stops...)
+	assert.NilError(t, e.Remove(ctx, searcher))
+	return failure
+}
+
+var searched = regexp.MustCompile(`"Published a host port after refusals of others".* duration="?([^ "]+)`)
+
+// searches returns how long those searches took that the daemon's log tells of.
+func searches(t *testing.T, log string) (took []time.Duration) {
+	t.Helper()
+	data, err := os.ReadFile(log)
+	assert.NilError(t, err)
+	for _, m := range searched.FindAllSubmatch(data, -1) {
+		d, err := time.ParseDuration(string(m[1]))
+		assert.NilError(t, err)
+		took = append(took, d)
+	}
+	return took
+}
+
+// awaitAnswer waits until the container has begun to serve: it heeds no signal before.
+func awaitAnswer(t *testing.T, port int, id string) {
+	t.Helper()
+	poll.WaitOn(t, func(poll.LogT) poll.Result {
+		answer, err := stacktest.Ask("tcp", netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), uint16(port)))
+		if err != nil || !strings.Contains(answer, id[:12]) {
+			return poll.Continue("port %d answers %q, %v", port, answer, err)
+		}
+		return poll.Success()
+	}, poll.WithTimeout(time.Minute))
+}
+
+func median(list []time.Duration) time.Duration {
+	slices.Sort(list)
+	return list[len(list)/2]
+}
+
+func ms(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
