@@ -1,11 +1,12 @@
 # `make` lists the targets. All that is built goes to build/.
 .DEFAULT_GOAL := help
-.PHONY: help deps build stress users test race lock docs check bench bench-docs clean
+.PHONY: help deps build stress users test race lock soak docs check bench bench-docs clean
 .NOTPARALLEL: # go uses all processors itself, and the order of what a target needs is meant
 
 BERTH := build/bin/berth
 N     ?= 10# times that `make bench` runs all benchmarks, one after the other
 BENCH := build/bench.test -test.run '^$$' -test.bench . -test.benchmem -test.benchtime 200ms -test.cpu 1,2
+DURATION ?= 20m# of `make soak`
 CODE  := $(wildcard daemon hack integration)
 
 help: ## this list
@@ -34,6 +35,9 @@ race: deps build ## the end-to-end tests of a dockerd with the race detector in 
 
 lock: deps build ## what other containers feel of one that searches for a port, stock and Berth (as root; build/results/lock.txt)
 	go test -tags integration -count=1 -v -run '^TestStopsWaitForASearch$$' ./integration/e2e -lock-rounds 9
+
+soak: deps build ## start and stop containers on a churning host for DURATION=20m, and look for what grows or is left
+	go test -tags integration -count=1 -v -timeout 0 -run '^TestSoak$$' ./integration/soak -duration $(DURATION)
 
 docs: deps build ## write docs/port-drivers.md of what the port drivers answer
 	@$(BERTH) build rootlesskit2

@@ -109,6 +109,18 @@ func (s *Stack) processes() ([]process, error) {
 	return list, nil
 }
 
+// PIDs returns the processes that run the stack's program of that name, such as dockerd.
+func (s *Stack) PIDs(program string) ([]int, error) {
+	processes, err := s.processes()
+	var pids []int
+	for _, p := range processes {
+		if p.exe == filepath.Join(s.binDir(), program) {
+			pids = append(pids, p.pid)
+		}
+	}
+	return pids, err
+}
+
 // readProcess returns false for a process that has ended or is a zombie.
 func readProcess(pid int) (process, bool) {
 	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))

@@ -1,0 +1,327 @@
+//go:build integration
+
+package soak
+
+import (
+	"context"
+	"encoding/json"
+	"flag"
+	"fmt"
+	"maps"
+	"net/netip"
+	"os"
+	"os/signal"
+	"os/user"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"gotest.tools/v3/assert"
+
+	"berth/hack/tree"
+	"berth/integration/engine"
+	"berth/integration/hostload"
+	"berth/integration/stack"
+	"berth/integration/stacktest"
+)
+
+var (
+	duration      = flag.Duration("duration", time.Minute, "how long the soak takes")
+	noDetachNetns = flag.Bool("no-detach-netns", false, "keep the daemon from seeing the host, so that it is refused ports")
+)
+
+func TestMain(m *testing.M) { stacktest.Main(m) }
+
+const (
+	atOnce     = 8
+	line       = time.Minute      // between two lines of progress
+	restLimit  = 30 * time.Second // for what is under way to end, on a busy machine
+	answerWait = 30 * time.Second // for a container's program to serve
+	// A daemon that is gone fails thousands of starts a second.
+	afterFailure = time.Second
+	shown        = 10 // failures that are told in full
+)
+
+// The stack starts and stops containers for long, while other processes hold a third of the
+// host's ports and let go of one and take another all the time. What there is each minute, with
+// all containers gone, is also written to build/results/soak.json.
+func TestSoak(t *testing.T) {
+	// Whatever is to stand between dockerd and RootlessKit is one of these options.
+	d := stacktest.Start(t, "dockerd", stack.Options{NoDetachNetns: *noDetachNetns})
+	ctx, stop := signal.NotifyContext(t.Context(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	s := soak{t: t, ctx: ctx, d: d, engine: engine.New(d.Host()), begun: time.Now()}
+	// The stack's own at rest, and other programs of the user where the host is not one of the tests' own.
+	s.alien = listeners(t, d)
+	var loads []*hostload.Process
+	for _, l := range []hostload.Load{
+		{Network: "tcp4", Hold: 6000, Churn: time.Millisecond, Seed: 1},
+		{Network: "udp4", Hold: 2000, Churn: 5 * time.Millisecond, Seed: 2},
+	} {
+		var err error
+		l.Ports, err = hostload.DynamicPorts(20000)
+		assert.NilError(t, err)
+		load, err := hostload.Start(l)
+		assert.NilError(t, err)
+		loads = append(loads, load)
+		if os.Getuid() != 0 && strings.HasPrefix(l.Network, "tcp") {
+			s.alien += l.Hold // the load is the same user's as the stack
+		}
+	}
+
+	// The first quarter of a short soak is its warm-up.
+	round := min(line, *duration/4)
+	var samples []Sample
+	fmt.Fprintln(t.Output(), Header)
+	for end := s.begun.Add(*duration); len(samples) < 2 || time.Now().Add(round/2).Before(end); {
+		s.work(time.Now().Add(round))
+		if ctx.Err() != nil {
+			t.Fatal("interrupted") // stacktest takes the stack down
+		}
+		samples = append(samples, s.atRest(samples))
+		fmt.Fprintln(t.Output(), samples[len(samples)-1])
+	}
+
+	for _, load := range loads {
+		report, err := load.Stop()
+		assert.NilError(t, err)
+		assert.Assert(t, report.Churned > 0, "the host did not churn")
+	}
+	root, err := tree.Root()
+	assert.NilError(t, err)
+	report, err := json.MarshalIndent(samples, "", "  ")
+	assert.NilError(t, err)
+	dir := filepath.Join(root, "build", "results")
+	assert.NilError(t, os.MkdirAll(dir, 0o755))
+	assert.NilError(t, os.WriteFile(filepath.Join(dir, "soak.json"), append(report, '\n'), 0o644))
+	wrong := Verdict(samples[0], samples[len(samples)-1])
+	for _, w := range wrong {
+		t.Error(w)
+	}
+	if len(wrong) == 0 {
+		fmt.Fprintln(t.Output(), "no failures, no growth, nothing left")
+	}
+}
+
+type soak struct {
+	t      *testing.T
+	ctx    context.Context // ends when the soak is interrupted
+	d      *stacktest.Daemon
+	engine *engine.Client
+	begun  time.Time
+	alien  int // listeners that are not those of published ports
+	peak   int // the most listeners that there were at once
+
+	mu               sync.Mutex
+	starts, failures int
+}
+
+// publishes are what containers ask for, in turn.
+var publishes = [][]engine.Port{
+	{{Container: "80/tcp"}},
+	{{Container: "80/tcp"}, {Container: "80/udp"}},
+	{{Container: "80/tcp", HostIP: "127.0.0.1"}},
+	{{Container: "80/tcp", Host: "20000-20063"}},
+}
+
+// work starts and stops containers until the end, and returns when all are gone.
+func (s *soak) work(end time.Time) {
+	var wg sync.WaitGroup
+	for range atOnce {
+		wg.Go(func() {
+			for s.ctx.Err() == nil && time.Now().Before(end) {
+				s.mu.Lock()
+				n := s.starts
+				s.starts++
+				s.mu.Unlock()
+				if err := s.container(s.ctx, n); err != nil && s.ctx.Err() == nil {
+					s.failed(n, err)
+					time.Sleep(afterFailure)
+				}
+			}
+		})
+	}
+	done := make(chan struct{})
+	go func() { wg.Wait(); close(done) }()
+	tick := time.NewTicker(time.Second)
+	defer tick.Stop()
+	for {
+		s.peak = max(s.peak, listeners(s.t, s.d)-s.alien)
+		select {
+		case <-done:
+			return
+		case <-tick.C:
+		}
+	}
+}
+
+func (s *soak) failed(n int, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.failures++
+	if s.failures <= shown {
+		fmt.Fprintf(s.t.Output(), "start %d: %v\n", n, err)
+	}
+}
+
+// container is the life of the n-th one.
+func (s *soak) container(ctx context.Context, n int) (retErr error) {
+	id, err := s.engine.Create(ctx, publishes[n%len(publishes)]...)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err := s.engine.Remove(ctx, id); err != nil && retErr == nil {
+			retErr = err
+		}
+	}()
+	if err := s.engine.Start(ctx, id); err != nil {
+		return err
+	}
+	published, err := s.engine.Published(ctx, id)
+	if err != nil {
+		return err
+	}
+	for _, p := range publishes[n%len(publishes)] {
+		if len(published[p.Container]) == 0 {
+			return fmt.Errorf("%s of container %.12s is not published: %v", p.Container, id, published)
+		}
+	}
+	for _, port := range slices.Sorted(maps.Keys(published)) {
+		for _, at := range published[port] {
+			_, network, _ := strings.Cut(port, "/")
+			if err := awaitAnswer(network, at, id); err != nil {
+				return err
+			}
+		}
+	}
+	// The other half is removed as it runs.
+	if n/len(publishes)%2 == 0 {
+		return s.engine.Stop(ctx, id, 10*time.Second)
+	}
+	return nil
+}
+
+// awaitAnswer waits until the container answers. A stranger that answers in its place is an
+// error at once.
+func awaitAnswer(network string, at netip.AddrPort, id string) error {
+	for end := time.Now().Add(answerWait); ; time.Sleep(20 * time.Millisecond) {
+		answer, err := stacktest.Ask(network, at)
+		switch {
+		case err == nil && strings.HasSuffix(answer, id[:12]+"\n"):
+			return nil
+		case err == nil && answer != "":
+			return fmt.Errorf("%s %v answered %q, want container %.12s", network, at, answer, id)
+		case time.Now().After(end):
+			return fmt.Errorf("%s %v, container %.12s: no answer: %v", network, at, id, err)
+		}
+	}
+}
+
+// atRest is what there is when the daemon has come to rest: it is waited for to be like the
+// first sample, since there are things that end after their container.
+func (s *soak) atRest(samples []Sample) Sample {
+	s.engine.Close()
+	for end := time.Now().Add(restLimit); ; time.Sleep(500 * time.Millisecond) {
+		sample := s.sample()
+		first := sample
+		if len(samples) > 0 {
+			first = samples[0]
+		}
+		first.Starts, sample.Failures = -1, 0 // not what is waited for
+		settled := len(Verdict(first, sample)) == 0
+		sample.Failures = s.failures
+		if settled || time.Now().After(end) {
+			return sample
+		}
+	}
+}
+
+func (s *soak) sample() Sample {
+	t := s.t
+	t.Helper()
+	ctx := t.Context()
+	sample := Sample{Minutes: time.Since(s.begun).Minutes(), Starts: s.starts, Refusals: refusals(t, s.d.Log), Peak: s.peak}
+	containers, err := s.engine.Containers(ctx)
+	assert.NilError(t, err)
+	sample.Containers = len(containers)
+	sample.Goroutines, err = s.engine.Goroutines(ctx)
+	assert.NilError(t, err)
+	s.engine.Close()
+	sample.Listeners = listeners(t, s.d) - s.alien
+
+	dockerd, err := s.d.PIDs("dockerd")
+	assert.NilError(t, err)
+	assert.Equal(t, len(dockerd), 1)
+	sample.RSS = rss(t, dockerd[0])
+	sample.Descriptors = descriptors(t, dockerd[0])
+	rootlesskits, err := s.d.PIDs("docker-rootlesskit")
+	assert.NilError(t, err)
+	for _, pid := range rootlesskits {
+		sample.RootlessKitFDs += descriptors(t, pid)
+	}
+	return sample
+}
+
+var searched = regexp.MustCompile(`"Published a host port after refusals of others".* attempts=(\d+)`)
+
+// refusals counts what the daemon's log tells of searches that came out at a port.
+func refusals(t *testing.T, log string) (n int) {
+	t.Helper()
+	data, err := os.ReadFile(log)
+	assert.NilError(t, err)
+	for _, m := range searched.FindAllSubmatch(data, -1) {
+		attempts, err := strconv.Atoi(string(m[1]))
+		assert.NilError(t, err)
+		n += attempts - 1
+	}
+	return n
+}
+
+// listeners counts the sockets of the stack's user that listen on the host. A UDP socket does
+// not: only on a host of the tests' own are all of them the stack's.
+func listeners(t *testing.T, d *stacktest.Daemon) (n int) {
+	t.Helper()
+	account, err := user.Lookup(d.User())
+	assert.NilError(t, err)
+	files := []string{"tcp", "tcp6"}
+	if os.Getuid() == 0 {
+		files = append(files, "udp", "udp6")
+	}
+	for _, file := range files {
+		sockets, err := os.ReadFile("/proc/net/" + file)
+		assert.NilError(t, err)
+		for line := range strings.Lines(string(sockets)) {
+			const listen = "0A" // include/net/tcp_states.h
+			f := strings.Fields(line)
+			if len(f) > 7 && f[7] == account.Uid && (f[3] == listen || strings.HasPrefix(file, "udp")) {
+				n++
+			}
+		}
+	}
+	return n
+}
+
+func rss(t *testing.T, pid int) (kib int) {
+	t.Helper()
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	assert.NilError(t, err)
+	_, rest, ok := strings.Cut(string(status), "\nVmRSS:")
+	assert.Assert(t, ok)
+	_, err = fmt.Sscan(rest, &kib)
+	assert.NilError(t, err)
+	return kib
+}
+
+func descriptors(t *testing.T, pid int) int {
+	t.Helper()
+	entries, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid))
+	assert.NilError(t, err)
+	return len(entries)
+}
