@@ -52,6 +52,8 @@ const (
 // host's ports and let go of one and take another all the time. What there is each minute, with
 // all containers gone, is also written to build/results/soak.json.
 func TestSoak(t *testing.T) {
+	root, err := tree.Root()
+	assert.NilError(t, err)
 	// Whatever is to stand between dockerd and RootlessKit is one of these options.
 	d := stacktest.Start(t, "dockerd", stack.Options{NoDetachNetns: *noDetachNetns})
 	ctx, stop := signal.NotifyContext(t.Context(), os.Interrupt, syscall.SIGTERM)
@@ -93,8 +95,6 @@ func TestSoak(t *testing.T) {
 		assert.NilError(t, err)
 		assert.Assert(t, report.Churned > 0, "the host did not churn")
 	}
-	root, err := tree.Root()
-	assert.NilError(t, err)
 	report, err := json.MarshalIndent(samples, "", "  ")
 	assert.NilError(t, err)
 	dir := filepath.Join(root, "build", "results")
