@@ -166,6 +166,7 @@ func runMatrix(t *testing.T, k kit) []outcome {
 	var (
 		outcomes []outcome
 		answers  []func(*testing.T)
+		own      = map[int]bool{} // host ports of the containers so far
 	)
 	whole := t // what is run for it stays to its end
 	for _, c := range matrixCases {
@@ -173,7 +174,7 @@ func runMatrix(t *testing.T, k kit) []outcome {
 			o := outcome{kit: k, Case: c.name, Publish: c.publish}
 			ports := c.ports
 			if c.hold != nil {
-				o.Held, ports = c.prepare(t, d, k)
+				o.Held, ports = c.prepare(t, d, k, own)
 			}
 			begin := time.Now()
 			id, err := d.Run(whole, c.publish)
@@ -188,6 +189,7 @@ func runMatrix(t *testing.T, k kit) []outcome {
 			}
 			for _, a := range published {
 				o.Published = append(o.Published, a.String())
+				own[int(a.Port())] = true
 			}
 			outcomes = append(outcomes, o)
 
@@ -228,16 +230,18 @@ func (c matrixCase) wantError(k kit) []string {
 }
 
 // prepare has another process hold what c wants held until the end of the test,
-// and returns what that is, and the ports that will do.
-func (c matrixCase) prepare(t *testing.T, d *stacktest.Daemon, k kit) (held string, ports []int) {
+// and returns what that is, and the ports that will do. Without a view a container
+// may have come out, at random, among those: own ports are taken already.
+func (c matrixCase) prepare(t *testing.T, d *stacktest.Daemon, k kit, own map[int]bool) (held string, ports []int) {
 	t.Helper()
 	next := 0
 	if strings.Contains(c.name, "dynamic") {
 		next = nextPort(t, d, networkOf(c.publish))
 	}
 	l := c.hold(next)
-	hold(t, l)
 	first, last := l.Ports[0], l.Ports[len(l.Ports)-1]
+	l.Ports = slices.DeleteFunc(l.Ports, func(port int) bool { return own[port] })
+	hold(t, l)
 	held = fmt.Sprintf("%s %d-%d", l.Network, first, last)
 	switch {
 	case c.ports != nil:
