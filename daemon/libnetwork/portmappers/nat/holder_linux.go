@@ -57,15 +57,22 @@ func findHolder(proto types.Protocol, addr netip.Addr, port int, end time.Time) 
 			}
 		}
 	}
-	switch {
-	case found == nil:
+	if found == nil {
 		return ""
-	case found.UID == overflowUID:
-		return "another user's process"
-	case found.UID != uint32(os.Getuid()):
-		return fmt.Sprintf("a container's process (of user %d in this daemon's user namespace)", found.UID)
 	}
-	return processWithSocket(found.INode, end)
+	return ownerOf(found.UID, found.INode, end)
+}
+
+// ownerOf tells whose a socket is, from the user id that this process's user
+// namespace has for its owner.
+func ownerOf(uid, inode uint32, end time.Time) string {
+	switch uid {
+	case overflowUID:
+		return "another user's process"
+	case uint32(os.Getuid()):
+		return processWithSocket(inode, end)
+	}
+	return fmt.Sprintf("a container's process (of user %d in this daemon's user namespace)", uid)
 }
 
 // inTheWay tells whether a socket that is bound to at keeps another one from

@@ -388,6 +388,8 @@ func TestBusyFixedPortSaysWhoHasIt(t *testing.T) {
 		})
 	}
 	assert.Check(t, is.Equal(processWithSocket(0, time.Now().Add(time.Minute)), "another process of this user"))
+	assert.Check(t, is.Equal(ownerOf(overflowUID, 0, time.Now()), "another user's process"))
+	assert.Check(t, is.Equal(ownerOf(1001, 0, time.Now()), "a container's process (of user 1001 in this daemon's user namespace)"))
 	assert.Check(t, is.Equal(findHolder(types.TCP, netip.IPv4Unspecified(), 1, time.Now()), ""))
 
 	for _, tc := range []struct {
