@@ -57,6 +57,7 @@ func TestFaults(t *testing.T) {
 	t.Run("AddPort answered too late", r.addPortAnsweredTooLate)
 	t.Run("RemovePort", r.removePortFails)
 	t.Run("RemovePort while a start is undone", r.removePortFailsInUndo)
+	t.Run("RemovePort answered too late", r.removePortAnsweredTooLate)
 	t.Run("RemovePort for good", r.removePortFailsForGood)
 	t.Logf("%d faults injected", r.faults)
 }
@@ -179,6 +180,19 @@ func (r *rig) removePortFailsInUndo(t *testing.T) {
 			r.reservations(t, calls)
 		})
 	}
+}
+
+// RootlessKit answers a removal after dockerd has given up: until then the port is nobody's.
+func (r *rig) removePortAnsweredTooLate(t *testing.T) {
+	mark := r.mark(t)
+	r.proxy.Inject(faultproxy.At(faultproxy.RemovePort, 1, faultproxy.Fault{Delay: tooLong}))
+	container, err := r.run("20650:80")
+	assert.NilError(t, err)
+	r.remove(t, container)
+	r.settled(t)
+	calls := r.injected(t, 1)
+	assert.Check(t, is.DeepEqual(r.said(t, mark), []string{"failed " + bindingOf(t, calls[0]).String()}))
+	r.reservations(t, calls)
 }
 
 // What cannot be removed in four times is named, and nothing else is left.

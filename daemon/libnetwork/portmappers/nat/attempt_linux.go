@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/containerd/log"
@@ -65,10 +66,10 @@ func (a *attempt) publishWithin(ctx context.Context, limit <-chan time.Time) err
 	// The requests are sent from another thread: nothing in them depends on
 	// the calling thread's network namespace.
 	go func() {
+		go spareSockets.refill() // While the port driver is at it.
 		err := a.publish(ctx)
 		select {
 		case answered <- err:
-			spareSockets.refill() // Here, nobody waits for it.
 		case <-gaveUp:
 			if err == nil {
 				a.unexposeAll(ctx)
@@ -144,14 +145,11 @@ func (a *attempt) publish(ctx context.Context) (retErr error) {
 
 // unexposeAll undoes publish, as far as it got.
 func (a *attempt) unexposeAll(ctx context.Context) {
-	var failed []portmapperapi.PortBinding
-	for i, pb := range slices.Backward(a.bindings) {
-		if err := unexpose(pb); err != nil {
-			failed = append(failed, pb)
-		}
+	failed, err := unexpose(a.bindings, func(portmapperapi.PortBinding) {})
+	for i := range a.bindings {
 		a.bindings[i].PortDriverRemove = nil
 	}
-	if failed == nil {
+	if err == nil {
 		return
 	}
 	release := a.release
@@ -181,15 +179,52 @@ func (a *attempt) release() {
 	portallocator.NewOSAllocator().ReleasePorts(a.addrs, a.reqs[0].Proto, a.port)
 }
 
-// unexpose has the port driver remove pb's port from the host.
-func unexpose(pb portmapperapi.PortBinding) error {
-	if pb.PortDriverRemove == nil {
-		return nil
+// unexposeWithin has the port driver remove the ports of pbs from the host, then
+// ends their reservations. What fails is returned, and tried again in the
+// background. A port driver that has not answered within limit is waited for
+// there, too.
+func unexposeWithin(ctx context.Context, pbs []portmapperapi.PortBinding, limit time.Duration) error {
+	answered := make(chan error, 1)
+	// As in publishWithin, another thread sends the requests.
+	go func() {
+		failed, err := unexpose(pbs, releaseReservation)
+		answered <- err
+		unexposeAgain(ctx, failed, func() {
+			for _, pb := range failed {
+				releaseReservation(pb)
+			}
+		})
+	}()
+	timer := time.NewTimer(limit)
+	defer timer.Stop()
+	select {
+	case err := <-answered:
+		return err
+	case <-timer.C:
+		var ports []string
+		for _, pb := range pbs {
+			ports = append(ports, hostPort(pb.HostIP, int(pb.HostPort))+"/"+pb.Proto.String())
+		}
+		return fmt.Errorf("failed to remove host port %s: %w (%s): it stays reserved until it does; %s",
+			strings.Join(ports, ", "), errNoAnswer, limit, adviseAPI)
 	}
-	if err := pb.PortDriverRemove(); err != nil && !isUnknownPort(err) {
-		return fmt.Errorf("failed to remove host port %s/%s: %w", hostPort(pb.HostIP, int(pb.HostPort)), pb.Proto, err)
+}
+
+// unexpose has the port driver remove the ports of pbs from the host, and calls
+// done for each that it did. It returns the others, with the errors.
+func unexpose(pbs []portmapperapi.PortBinding, done func(portmapperapi.PortBinding)) (failed []portmapperapi.PortBinding, _ error) {
+	var errs []error
+	for _, pb := range pbs {
+		if pb.PortDriverRemove != nil {
+			if err := pb.PortDriverRemove(); err != nil && !isUnknownPort(err) {
+				failed = append(failed, pb)
+				errs = append(errs, fmt.Errorf("failed to remove host port %s/%s: %w", hostPort(pb.HostIP, int(pb.HostPort)), pb.Proto, err))
+				continue
+			}
+		}
+		done(pb)
 	}
-	return nil
+	return failed, errors.Join(errs...)
 }
 
 // unexposeAgain removes the ports of pbs from the host, after removals that
@@ -197,22 +232,17 @@ func unexpose(pb portmapperapi.PortBinding) error {
 // it ends, with the daemon: it refuses them itself if they are asked for again.
 func unexposeAgain(ctx context.Context, pbs []portmapperapi.PortBinding, release func()) {
 	defer release()
-	var errs []error
+	var err error
 	for _, wait := range removeWaits {
-		time.Sleep(wait)
-		errs = nil
-		pbs = slices.DeleteFunc(pbs, func(pb portmapperapi.PortBinding) bool {
-			err := unexpose(pb)
-			if err != nil {
-				errs = append(errs, err)
-			}
-			return err == nil
-		})
 		if len(pbs) == 0 {
 			return
 		}
+		time.Sleep(wait)
+		pbs, err = unexpose(pbs, func(portmapperapi.PortBinding) {})
 	}
-	log.G(ctx).WithFields(log.Fields{"error": errors.Join(errs...)}).Warn("RootlessKit may hold a host port until the daemon restarts")
+	if err != nil {
+		log.G(ctx).WithFields(log.Fields{"error": err}).Warn("RootlessKit may hold a host port until the daemon restarts")
+	}
 }
 
 // removeWaits is how long to wait each time before another removal.

@@ -133,9 +133,13 @@ func (pm PortMapper) MapPorts(ctx context.Context, cfg []portmapperapi.PortBindi
 // pbs. A step that fails does not keep the others from being done; every
 // failure is in the returned error. The removal of a host port that RootlessKit
 // failed to remove is tried again in the background, and it stays reserved
-// meanwhile.
+// meanwhile; so does one whose removal RootlessKit has not answered in 10
+// seconds.
 func (pm PortMapper) UnmapPorts(ctx context.Context, pbs []portmapperapi.PortBinding) error {
-	var errs []error
+	var (
+		errs    []error
+		exposed []portmapperapi.PortBinding
+	)
 	for _, pb := range pbs {
 		if pb.BoundSocket != nil {
 			if err := pb.BoundSocket.Close(); err != nil {
@@ -143,12 +147,14 @@ func (pm PortMapper) UnmapPorts(ctx context.Context, pbs []portmapperapi.PortBin
 			}
 		}
 		ownPorts.remove(pb.Proto, int(pb.HostPort))
-		if err := unexpose(pb); err != nil {
-			errs = append(errs, err)
-			go unexposeAgain(ctx, []portmapperapi.PortBinding{pb}, func() { releaseReservation(pb) })
+		if pb.PortDriverRemove == nil {
+			releaseReservation(pb)
 			continue
 		}
-		releaseReservation(pb)
+		exposed = append(exposed, pb)
+	}
+	if len(exposed) > 0 {
+		errs = append(errs, unexposeWithin(ctx, exposed, searchLimit))
 	}
 	return errors.Join(errs...)
 }

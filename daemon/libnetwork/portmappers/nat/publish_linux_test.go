@@ -273,6 +273,30 @@ func TestRemovalThatFailsForGoodIsTold(t *testing.T) {
 	assert.Check(t, is.Equal(f.failRemovals, 0))
 }
 
+// Nobody waits for long under the bridge driver's lock. The port isn't given to
+// another container before RootlessKit has let go of it.
+func TestRemovalThatIsNotAnsweredIsGivenUp(t *testing.T) {
+	f := newFake(t)
+	synctest.Test(t, func(t *testing.T) {
+		pm := NewPortMapper(Config{RlkClient: f})
+		pbs, err := pm.MapPorts(context.Background(), request(types.TCP, 18082, 18082, "0.0.0.0", "::"))
+		assert.NilError(t, err)
+		remove, hung := pbs[0].PortDriverRemove, make(chan struct{})
+		pbs[0].PortDriverRemove = func() error { <-hung; return remove() }
+
+		start := time.Now()
+		err = pm.UnmapPorts(context.Background(), pbs)
+		assert.Check(t, is.ErrorContains(err, "failed to remove host port 0.0.0.0:18082/tcp, [::]:18082/tcp: RootlessKit's port driver did not answer in time (10s)"))
+		assert.Check(t, is.Equal(time.Since(start), searchLimit))
+		_, err = portallocator.Get().RequestPort(f.child4.AsSlice(), "tcp", 18082)
+		assert.Check(t, is.ErrorContains(err, "already allocated"))
+
+		close(hung)
+		synctest.Wait()
+		assert.Check(t, is.Len(f.exposed, 0))
+	})
+}
+
 // RootlessKit may hold a port that nobody knows the ID of: nobody is given it.
 func TestPortWhoseAnswerWasLostStaysReserved(t *testing.T) {
 	f := newFake(t)
