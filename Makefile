@@ -5,7 +5,9 @@
 
 BERTH := build/bin/berth
 N     ?= 10# times that `make bench` runs all benchmarks, one after the other
-BENCH := build/bench.test -test.run '^$$' -test.bench . -test.benchmem -test.benchtime 200ms -test.cpu 1,2
+# Stock and Berth differ by a hundredth of what a publish through RootlessKit takes: that needs more samples than the rest.
+CLOSE := RootlessKit/NoRefusal
+BENCH := build/bench.test -test.run '^$$' -test.benchmem -test.cpu 1,2
 DURATION ?= 20m# of `make soak`
 CODE  := $(wildcard daemon hack integration)
 
@@ -54,7 +56,9 @@ check: ## gofmt, vet, staticcheck, shellcheck, and the unit tests with -race
 bench: build ## run the benchmarks N times, and hold them against the limits (build/results)
 	@mkdir -p build/results && rm -f build/results/bench.txt
 	go test -tags integration -c -o build/bench.test ./integration/bench
-	@for round in $$(seq $(N)); do echo "round $$round of $(N)"; $(BENCH) >>build/results/bench.txt || { cat build/results/bench.txt; exit 1; }; done
+	@for round in $$(seq $(N)); do echo "round $$round of $(N)"; \
+		{ $(BENCH) -test.bench . -test.skip $(CLOSE) -test.benchtime 200ms && \
+		  $(BENCH) -test.bench $(CLOSE) -test.benchtime 2s; } >>build/results/bench.txt || { cat build/results/bench.txt; exit 1; }; done
 	@go run ./integration/bench/report -plot build/results/search-cost.svg build/results/bench.txt
 
 bench-docs: ## put the plot that `make bench` drew into docs, where the README finds it

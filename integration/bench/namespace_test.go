@@ -11,6 +11,7 @@ import (
 	"runtime"
 	"syscall"
 	"testing"
+	"time"
 
 	"berth/integration/stacktest"
 
@@ -21,6 +22,9 @@ import (
 
 // withoutStack is set in the environment of an ordinary user's benchmarks.
 const withoutStack = "BERTH_BENCH_WITHOUT_STACK"
+
+// stateDir is where dockerd learns of RootlessKit's state directory.
+const stateDir = "ROOTLESSKIT_STATE_DIR"
 
 // As in dockerd, the main thread stays where it is: on the host.
 func init() { runtime.LockOSThread() }
@@ -67,30 +71,32 @@ func inChild(b *testing.B) {
 // such as a link to /proc, would be measured, too.
 func inChildWithView(b *testing.B) {
 	inChild(b)
-	stateDir := b.TempDir()
-	netns := filepath.Join(stateDir, "netns")
+	dir := b.TempDir()
+	netns := filepath.Join(dir, "netns")
 	assert.NilError(b, os.WriteFile(netns, nil, 0o600))
 	assert.NilError(b, unix.Unshare(unix.CLONE_NEWNS))
 	assert.NilError(b, unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""))
 	assert.NilError(b, unix.Mount("/proc/thread-self/ns/net", netns, "", unix.MS_BIND, ""))
 	b.Cleanup(func() { assert.NilError(b, unix.Unmount(netns, unix.MNT_DETACH)) })
-	b.Setenv("ROOTLESSKIT_STATE_DIR", stateDir)
+	b.Setenv(stateDir, dir)
 }
 
 // setHostRange sets the host's range of dynamic ports until the end of b.
 func setHostRange(b *testing.B, first, last int) {
+	before := writeHostRange(b, fmt.Sprintf("%d %d", first, last))
+	b.Cleanup(func() { writeHostRange(b, before) })
+	// Berth reads a setting anew if it is older (nat's sysctlAge).
+	time.Sleep(100 * time.Millisecond)
+}
+
+func writeHostRange(b *testing.B, value string) (before string) {
 	const file = "/proc/sys/net/ipv4/ip_local_port_range"
-	set := func(value []byte) (before []byte) {
-		done := make(chan error)
-		go func() { // On the host, like every thread but the benchmark's own.
-			var err1, err2 error
-			before, err1 = os.ReadFile(file)
-			err2 = os.WriteFile(file, value, 0)
-			done <- errors.Join(err1, err2)
-		}()
-		assert.NilError(b, <-done)
-		return before
-	}
-	before := set(fmt.Appendf(nil, "%d %d", first, last))
-	b.Cleanup(func() { set(before) })
+	done := make(chan error)
+	go func() { // On the host, like every thread but the benchmark's own.
+		data, err := os.ReadFile(file)
+		before = string(data)
+		done <- errors.Join(err, os.WriteFile(file, []byte(value), 0))
+	}()
+	assert.NilError(b, <-done)
+	return before
 }

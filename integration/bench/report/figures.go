@@ -42,7 +42,6 @@ const (
 	perOp      = "sec/op"
 	perRefusal = "sec/refusal"
 	allocated  = "B/op"
-	allocs     = "allocs/op"
 
 	manyTaken = 17000
 )
@@ -53,7 +52,7 @@ var figures = slices.Concat(
 	noRefusal("no refusal, fake driver, child thread", "Child"),
 	noRefusal("no refusal, real RootlessKit", "RootlessKit/NoRefusal"),
 	[]figure{
-		ratio("a refused port: to a bare refused AddPort", 1.3, "RootlessKit/Refusal/search", "RootlessKit/Refusal/bare", perRefusal),
+		ratio("a refused port: to a bare refused AddPort", 1.3, "RootlessKit/Refusal/search", perRefusal, "RootlessKit/Refusal/bare", perRefusal),
 		{"view, a taken port: to a bare socket/bind/listen/close", 0.3, times, func(get getter) float64 {
 			return (get(passing(1, "all"), perOp) - get(withView(1), perOp)) / manyTaken / get("Listen", perOp)
 		}},
@@ -68,10 +67,10 @@ var figures = slices.Concat(
 func noRefusal(what, benchmark string) []figure {
 	var list []figure
 	for n := 1; n <= 2; n++ {
-		name := fmt.Sprintf("%s/addresses=%d/mapper=", benchmark, n)
+		name := fmt.Sprintf("%s/addresses=%d", benchmark, n)
 		list = append(list,
-			ratio(fmt.Sprintf("%s, %s: to stock", what, addresses(n)), 1.05, name+"berth", name+"stock", perOp),
-			more(fmt.Sprintf("%s, %s: more than stock", what, addresses(n)), 10, objects, name+"berth", name+"stock", allocs))
+			ratio(fmt.Sprintf("%s, %s: to stock", what, addresses(n)), 1.05, name, "sec/berth", name, "sec/stock"),
+			more(fmt.Sprintf("%s, %s: more than stock", what, addresses(n)), 10, objects, name, "objects/berth", name, "objects/stock"))
 	}
 	return list
 }
@@ -84,13 +83,13 @@ func view(n int) []figure {
 		{fmt.Sprintf("view, publish past 17,000 taken ports, %s", addresses(n)), 60, milliseconds, func(get getter) float64 {
 			return 1e3 * get(passing(n, "all"), perOp)
 		}},
-		more(fmt.Sprintf("view, the next publish, %s: more than with none taken", addresses(n)), 1000, microseconds, passing(n, "none"), withView(n), perOp),
+		more(fmt.Sprintf("view, the next publish, %s: more than with none taken", addresses(n)), 1000, microseconds, passing(n, "none"), perOp, withView(n), perOp),
 	}
 }
 
 func viewNoRefusal(what, benchmark string, n int) figure {
-	name := fmt.Sprintf("%s/addresses=%d/mapper=", benchmark, n)
-	return more(fmt.Sprintf("view, no refusal, %s, %s: more than stock", what, addresses(n)), 40, microseconds, name+"berth+view/taken=0", name+"stock", perOp)
+	name := fmt.Sprintf("%s/addresses=%d", benchmark, n)
+	return more(fmt.Sprintf("view, no refusal, %s, %s: more than stock", what, addresses(n)), 40, microseconds, name, "sec/view", name, "sec/stock")
 }
 
 func addresses(n int) string {
@@ -110,15 +109,15 @@ func passing(addresses int, passed string) string {
 	return fmt.Sprintf("Child/addresses=%d/mapper=berth+view/taken=%d/passed=%s", addresses, manyTaken, passed)
 }
 
-func ratio(what string, limit float64, name, to, unit string) figure {
-	return figure{what, limit, times, func(get getter) float64 { return get(name, unit) / get(to, unit) }}
+func ratio(what string, limit float64, name, unit, to, toUnit string) figure {
+	return figure{what, limit, times, func(get getter) float64 { return get(name, unit) / get(to, toUnit) }}
 }
 
 // more is a difference, in seconds or in objects.
-func more(what string, limit float64, u unit, name, than, unit string) figure {
+func more(what string, limit float64, u unit, name, unit, than, thanUnit string) figure {
 	scale := 1.0
 	if u == microseconds {
 		scale = 1e6
 	}
-	return figure{what, limit, u, func(get getter) float64 { return scale * (get(name, unit) - get(than, unit)) }}
+	return figure{what, limit, u, func(get getter) float64 { return scale * (get(name, unit) - get(than, thanUnit)) }}
 }

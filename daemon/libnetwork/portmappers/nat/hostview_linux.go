@@ -13,6 +13,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/containerd/log"
 	"github.com/moby/moby/v2/daemon/libnetwork/portallocator"
@@ -39,6 +40,21 @@ func netNSAt(path string) netNS {
 		return netNS{}
 	}
 	return netNS{uint64(st.Dev), st.Ino}
+}
+
+// childNetNSs has the child namespace by RootlessKit's state directory: it is the
+// same for as long as the daemon runs, and a path takes time to look up.
+var childNetNSs sync.Map
+
+func childNetNS(stateDir string) netNS {
+	if ns, ok := childNetNSs.Load(stateDir); ok {
+		return ns.(netNS)
+	}
+	ns := netNSAt(filepath.Join(stateDir, "netns"))
+	if ns != (netNS{}) {
+		childNetNSs.Store(stateDir, ns)
+	}
+	return ns
 }
 
 // hostView looks at the host's ports, from inside MapPorts: not at what the
@@ -81,7 +97,7 @@ func newHostView(ctx context.Context, reqs []portmapperapi.PortBindingReq) *host
 	if stateDir == "" || hostNetNS == (netNS{}) || reqs[0].Proto != types.TCP && reqs[0].Proto != types.UDP {
 		return nil
 	}
-	child := netNSAt(filepath.Join(stateDir, "netns"))
+	child := childNetNS(stateDir)
 	if child == (netNS{}) || child == hostNetNS || child != netNSAt("/proc/thread-self/ns/net") {
 		return nil
 	}
@@ -90,14 +106,14 @@ func newHostView(ctx context.Context, reqs []portmapperapi.PortBindingReq) *host
 		v.addrs = append(v.addrs, addrOf(req.HostIP))
 	}
 	if v.first == 0 && v.last == 0 {
-		sysctls, err := hostSysctls.open()
+		var err error
+		v.first, v.last, v.reserved, err = hostSysctls.dynamicPorts(ctx)
 		if err != nil {
 			logSysctls.Do(func() {
 				log.G(ctx).WithFields(log.Fields{"error": err}).Warn("The host's dynamic port range cannot be read: asking the port driver for ports of the child's")
 			})
 			return nil
 		}
-		v.first, v.last, v.reserved = sysctls.dynamicPorts(ctx)
 		if cursor := int(hostCursor.Load()); v.first <= cursor && cursor < v.last {
 			v.start = cursor - v.first + 1
 		}
@@ -305,7 +321,7 @@ func (s *socketStock) refill() {
 	if taken == nil {
 		return
 	}
-	onHost(func() {
+	ifOnHost(func() {
 		for _, kind := range taken {
 			if fd, err := kind.make(); err == nil {
 				s.fds[kind] = fd
@@ -387,64 +403,96 @@ var errNotOnHost = errors.New("no thread on the host")
 // locked to go elsewhere.
 func onHost(f func()) bool {
 	done := make(chan bool)
-	go func() {
-		runtime.LockOSThread()
-		defer runtime.UnlockOSThread()
-		seen := netNSAt("/proc/thread-self/ns/net") == hostNetNS
-		defer func() { done <- seen }()
-		if seen {
-			f()
-		}
-	}()
+	go func() { done <- ifOnHost(f) }()
 	return <-done
 }
 
-// hostSysctls has the files of the host's settings, which a read at offset 0
-// gives anew each time, whichever thread reads.
+// ifOnHost calls f if the calling thread is in the host's network namespace.
+func ifOnHost(f func()) bool {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	if netNSAt("/proc/thread-self/ns/net") != hostNetNS {
+		return false
+	}
+	f()
+	return true
+}
+
+// sysctlAge is how old a setting that is used may be. A read takes longer than
+// a look at a port: so the many ports of one container don't each pay for it.
+const sysctlAge = 100 * time.Millisecond
+
+// hostSysctls has the host's settings.
 var hostSysctls sysctls
 
 type sysctls struct {
-	mu                  sync.Mutex
+	mu sync.Mutex
+	// A read of these files at offset 0 gives the settings anew each time,
+	// whichever thread reads.
 	portRange, reserved *os.File
-}
+	// netNS is kept open since the kernel makes the inode anew, otherwise, for
+	// each look at whether a thread is in this namespace.
+	netNS *os.File
 
-// open returns s once its files are open.
-func (s *sysctls) open() (*sysctls, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.reserved != nil {
-		return s, nil
-	}
-	err := errNotOnHost
-	onHost(func() {
-		var portRange, reserved *os.File
-		if portRange, err = os.Open("/proc/sys/net/ipv4/ip_local_port_range"); err != nil {
-			return
-		}
-		if reserved, err = os.Open("/proc/sys/net/ipv4/ip_local_reserved_ports"); err != nil {
-			portRange.Close()
-			return
-		}
-		s.portRange, s.reserved = portRange, reserved
-	})
-	return s, err
+	// What was read last, and when.
+	first, last   int
+	reservedPorts portSet
+	readAt        time.Time
 }
 
 // dynamicPorts returns what the host's administrator set (ip-sysctl.rst), or
-// the allocator's range if that can't be understood.
-func (s *sysctls) dynamicPorts(ctx context.Context) (first, last int, reserved portSet) {
-	first, last, err := parsePortRange(readSysctl(s.portRange))
+// the allocator's range if that can't be understood. An error means that it
+// can't be read.
+func (s *sysctls) dynamicPorts(ctx context.Context) (first, last int, reserved portSet, _ error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err := s.open(); err != nil {
+		return 0, 0, nil, err
+	}
+	if time.Since(s.readAt) >= sysctlAge {
+		s.read(ctx)
+	}
+	return s.first, s.last, s.reservedPorts, nil
+}
+
+func (s *sysctls) open() error {
+	if s.reserved != nil {
+		return nil
+	}
+	err := errNotOnHost
+	onHost(func() {
+		var files [3]*os.File
+		for i, name := range [...]string{
+			"/proc/sys/net/ipv4/ip_local_port_range",
+			"/proc/sys/net/ipv4/ip_local_reserved_ports",
+			"/proc/thread-self/ns/net",
+		} {
+			if files[i], err = os.Open(name); err != nil {
+				for _, f := range files[:i] {
+					f.Close()
+				}
+				return
+			}
+		}
+		s.portRange, s.reserved, s.netNS = files[0], files[1], files[2]
+	})
+	return err
+}
+
+func (s *sysctls) read(ctx context.Context) {
+	var err error
+	s.readAt = time.Now()
+	s.first, s.last, err = parsePortRange(readSysctl(s.portRange))
 	if err == nil {
-		reserved, err = parsePortSet(readSysctl(s.reserved))
+		s.reservedPorts, err = parsePortSet(readSysctl(s.reserved))
 	}
 	if err != nil {
 		logSysctls.Do(func() {
 			log.G(ctx).WithFields(log.Fields{"error": err}).Warn("The host's dynamic port range cannot be understood: using the allocator's")
 		})
 		f, l := portallocator.GetPortRange()
-		return int(f), int(l), nil
+		s.first, s.last, s.reservedPorts = int(f), int(l), nil
 	}
-	return first, last, reserved
 }
 
 var logSysctls sync.Once
@@ -452,7 +500,7 @@ var logSysctls sync.Once
 // readSysctl returns a setting in one read: the kernel has no more to say at
 // another offset, and cuts what the buffer can't take.
 func readSysctl(f *os.File) string {
-	for size := 4096; ; size *= 2 {
+	for size := 256; ; size *= 2 {
 		buf := make([]byte, size)
 		if n, _ := f.ReadAt(buf, 0); n < size { // With io.EOF.
 			return strings.TrimSpace(string(buf[:n]))

@@ -61,6 +61,7 @@ func setSysctl(t testing.TB, name, value string) {
 	file := "/proc/sys/net/ipv4/" + name
 	set := func(value []byte) {
 		onHost(func() { assert.NilError(t, os.WriteFile(file, value, 0)) })
+		hostSysctls.readAt = time.Time{}
 	}
 	var before []byte
 	onHost(func() {
@@ -136,7 +137,7 @@ func TestHostsDynamicRangeCounts(t *testing.T) {
 		got = append(got, published(t, f, request(types.TCP, 0, 0, "0.0.0.0")))
 	}
 	assert.Check(t, is.DeepEqual(got, []int{40001, 40004, 40005}))
-	// The user's own word counts more, and a change counts at once.
+	// The user's own word counts more.
 	assert.Check(t, is.Equal(published(t, f, request(types.TCP, 40002, 40002, "0.0.0.0")), 40002))
 	setSysctl(t, "ip_local_port_range", "41000 41005")
 	assert.Check(t, is.Equal(published(t, f, request(types.TCP, 0, 0, "0.0.0.0")), 41000))
@@ -146,6 +147,23 @@ func TestHostsDynamicRangeCounts(t *testing.T) {
 	assert.Check(t, is.ErrorContains(err, "dynamic host port (41000-41005)"))
 	assert.Check(t, is.ErrorContains(err, "0 tried"))
 	assert.Check(t, is.ErrorContains(err, "all ports are reserved on the host"))
+}
+
+// An administrator's change counts without a restart of the daemon.
+func TestHostsDynamicRangeIsReadAgain(t *testing.T) {
+	f := newHostFake(t)
+	synctest.Test(t, func(t *testing.T) {
+		inChild(t)
+		setSysctl(t, "ip_local_port_range", "40000 40005")
+		publish := func() int { return published(t, f, request(types.TCP, 0, 0, "0.0.0.0")) }
+		assert.Check(t, is.Equal(publish(), 40000))
+		readAt := hostSysctls.readAt
+		setSysctl(t, "ip_local_port_range", "41000 41005")
+		hostSysctls.readAt = readAt
+		assert.Check(t, is.Equal(publish(), 40001), "the ports of one container share a read")
+		time.Sleep(sysctlAge)
+		assert.Check(t, is.Equal(publish(), 41000))
+	})
 }
 
 // RootlessKit may have a capability that the daemon has not got on the host;
@@ -366,8 +384,9 @@ func TestSysctlsThatCannotBeUnderstood(t *testing.T) {
 	ctx, hook := logged()
 	logSysctls = sync.Once{}
 	for range 2 {
-		first, last, reserved := (&sysctls{portRange: empty, reserved: empty}).dynamicPorts(ctx)
+		first, last, reserved, err := (&sysctls{portRange: empty, reserved: empty}).dynamicPorts(ctx)
 		f, l := portallocator.GetPortRange()
+		assert.Check(t, err)
 		assert.Check(t, first == int(f) && last == int(l) && reserved == nil)
 	}
 	assert.Check(t, is.Len(hook.AllEntries(), 1))

@@ -36,7 +36,7 @@ func TestMain(m *testing.M) {
 			fmt.Fprintln(os.Stderr, "bringing up the loopback interface:", err)
 			os.Exit(1)
 		}
-		if _, err := hostSysctls.open(); err != nil { // It keeps its two files open.
+		if err := hostSysctls.open(); err != nil { // It keeps its files open.
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)
 		}
