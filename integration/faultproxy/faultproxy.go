@@ -9,6 +9,7 @@ package faultproxy
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -20,6 +21,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/rootless-containers/rootlesskit/v3/pkg/port"
 )
 
 // Op is what a request asks of RootlessKit.
@@ -50,12 +53,37 @@ type Fault struct {
 	Kind  Kind
 }
 
+// Faults has each of them once, with a delay that nobody gives up at.
+var Faults = []Fault{
+	{Delay: 300 * time.Millisecond},
+	{Kind: CutBefore},
+	{Kind: CutAfter},
+	{Kind: Status500},
+	{Kind: Half},
+}
+
+// IsLost tells whether the caller can't know what became of the request.
+func (f Fault) IsLost() bool {
+	switch f.Kind {
+	case CutBefore, CutAfter, Half:
+		return true
+	}
+	return false
+}
+
 // Call is a request to add or to remove a port.
 type Call struct {
 	Op    Op
-	N     int    // it is the N-th of its Op since the last Inject, from 1
-	Body  []byte // a port.Spec in JSON when Op is AddPort
+	N     int // it is the N-th of its Op since the last Inject, from 1
+	Body  []byte
 	Fault Fault
+}
+
+// Spec returns what an [AddPort] asks for.
+func (c Call) Spec() (port.Spec, error) {
+	var spec port.Spec
+	err := json.Unmarshal(c.Body, &spec)
+	return spec, err
 }
 
 // Plan chooses the fault of a call, whose own Fault is not set yet. It is called by one
@@ -95,6 +123,7 @@ type Proxy struct {
 	mu    sync.Mutex
 	plan  Plan
 	calls []Call
+	n     map[Op]int // how many of calls there are of each
 }
 
 // Start starts a proxy for the RootlessKit that serves its API at socket, now or later.
@@ -104,7 +133,7 @@ func Start(socket string) (*Proxy, error) {
 	if err != nil {
 		return nil, err
 	}
-	p := &Proxy{Socket: filepath.Join(dir, "api.sock"), closed: make(chan struct{})}
+	p := &Proxy{Socket: filepath.Join(dir, "api.sock"), closed: make(chan struct{}), n: map[Op]int{}}
 	p.transport = &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return new(net.Dialer).DialContext(ctx, "unix", socket)
 	}}
@@ -146,7 +175,7 @@ func (p *Proxy) Close() error {
 func (p *Proxy) Inject(plan Plan) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.plan, p.calls = plan, nil
+	p.plan, p.calls, p.n = plan, nil, map[Op]int{}
 }
 
 // Calls returns the calls since the last Inject, in the order they came.
@@ -209,12 +238,8 @@ func (p *Proxy) record(r *http.Request, body []byte) Fault {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	c := Call{Op: op, N: 1, Body: body}
-	for _, before := range p.calls {
-		if before.Op == op {
-			c.N++
-		}
-	}
+	p.n[op]++
+	c := Call{Op: op, N: p.n[op], Body: body}
 	if p.plan != nil {
 		c.Fault = p.plan(c)
 	}

@@ -21,15 +21,6 @@ import (
 
 func TestMain(m *testing.M) { stacktest.Main(m) }
 
-// The kinds of faults, with a delay that nobody gives up at.
-var kinds = []faultproxy.Fault{
-	{Delay: 300 * time.Millisecond},
-	{Kind: faultproxy.CutBefore},
-	{Kind: faultproxy.CutAfter},
-	{Kind: faultproxy.Status500},
-	{Kind: faultproxy.Half},
-}
-
 func name(f faultproxy.Fault) string {
 	if f.Kind == faultproxy.Pass {
 		return "delay"
@@ -39,15 +30,6 @@ func name(f faultproxy.Fault) string {
 
 // tooLong is more than the 10 s that a search takes at most.
 const tooLong = 11 * time.Second
-
-// isLost tells whether the caller can't know what became of the request.
-func isLost(f faultproxy.Fault) bool {
-	switch f.Kind {
-	case faultproxy.CutBefore, faultproxy.CutAfter, faultproxy.Half:
-		return true
-	}
-	return false
-}
 
 // TestFaults has one daemon endure all the faults, one after the other: what each of them leaves
 // is still there, alone, after the last.
@@ -65,7 +47,7 @@ func TestFaults(t *testing.T) {
 // A start asks for each port twice, for IPv4 and for IPv6.
 func (r *rig) addPortFails(t *testing.T) {
 	port := 20400
-	for _, f := range kinds {
+	for _, f := range faultproxy.Faults {
 		for _, c := range []struct {
 			what  string
 			ports int // 0 is a dynamic one
@@ -94,7 +76,7 @@ func (r *rig) addPortFails(t *testing.T) {
 				container, err := r.run(publish...)
 				calls := r.injected(t, 1)
 				switch {
-				case isLost(f):
+				case f.IsLost():
 					assert.ErrorContains(t, err, "EOF")
 					assert.ErrorContains(t, err, fmt.Sprintf("%d/tcp", faulty(t, calls).port))
 					assert.ErrorContains(t, err, "see whether RootlessKit is running")
@@ -106,7 +88,7 @@ func (r *rig) addPortFails(t *testing.T) {
 					r.answers(t, container)
 				}
 				said := r.said(t, mark)
-				if isLost(f) {
+				if f.IsLost() {
 					lost := faulty(t, calls)
 					assert.Check(t, is.DeepEqual(said, []string{"lost " + lost.String()}))
 					r.keep(lost, f.Kind != faultproxy.CutBefore)
@@ -138,7 +120,7 @@ func (r *rig) addPortAnsweredTooLate(t *testing.T) {
 // The removal of a published port fails, and the bridge driver says so. It is tried again.
 func (r *rig) removePortFails(t *testing.T) {
 	port := 20600
-	for _, f := range kinds {
+	for _, f := range faultproxy.Faults {
 		for n := 1; n <= 2; n++ {
 			t.Run(fmt.Sprintf("%s, call %d", name(f), n), func(t *testing.T) {
 				port++
@@ -164,7 +146,7 @@ func (r *rig) removePortFails(t *testing.T) {
 // needs to know.
 func (r *rig) removePortFailsInUndo(t *testing.T) {
 	port := 20700
-	for _, f := range kinds {
+	for _, f := range faultproxy.Faults {
 		t.Run(name(f), func(t *testing.T) {
 			port++
 			mark := r.mark(t)

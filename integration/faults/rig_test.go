@@ -6,7 +6,6 @@ import (
 	"bufio"
 	"cmp"
 	"context"
-	"encoding/json"
 	"fmt"
 	"io"
 	"net"
@@ -57,11 +56,8 @@ func (b binding) String() string {
 
 func bindingOf(t *testing.T, c faultproxy.Call) binding {
 	t.Helper()
-	var spec struct {
-		Proto, ParentIP string
-		ParentPort      int
-	}
-	assert.NilError(t, json.Unmarshal(c.Body, &spec))
+	spec, err := c.Spec()
+	assert.NilError(t, err)
 	return binding{spec.Proto, spec.ParentIP, spec.ParentPort}
 }
 
@@ -272,7 +268,6 @@ func (r *rig) mark(t *testing.T) int64 {
 
 // Warn lines about host ports.
 var (
-	lostLine   = regexp.MustCompile(`level=warning msg="RootlessKit's answer was lost.* hostIP="?([^" ]+)"? .*port=(\d+) proto=(\w+)`)
 	undoneLine = regexp.MustCompile(`level=warning msg="RootlessKit answered a port request after it was given up: undone".* port=(\d+)`)
 	// This one is the bridge driver's.
 	failedLine = regexp.MustCompile(`level=warning msg="driver failed revoking external connectivity on endpoint".*failed to remove host port ([^ ]+): `)
@@ -291,10 +286,10 @@ func (r *rig) said(t *testing.T, mark int64) []string {
 	lines := bufio.NewScanner(f)
 	for lines.Scan() {
 		line := lines.Text()
+		lost, isLost := stacktest.LostPort(line)
 		switch {
-		case lostLine.MatchString(line):
-			m := lostLine.FindStringSubmatch(line)
-			said = append(said, "lost "+net.JoinHostPort(m[1], m[2])+"/"+m[3])
+		case isLost:
+			said = append(said, "lost "+lost)
 		case undoneLine.MatchString(line):
 			said = append(said, "undone "+undoneLine.FindStringSubmatch(line)[1])
 		case failedLine.MatchString(line):

@@ -8,6 +8,8 @@ import (
 	"flag"
 	"fmt"
 	"maps"
+	"math/rand/v2"
+	"net"
 	"net/netip"
 	"os"
 	"os/signal"
@@ -22,17 +24,20 @@ import (
 	"testing"
 	"time"
 
+	"github.com/rootless-containers/rootlesskit/v3/pkg/api/client"
+	"github.com/rootless-containers/rootlesskit/v3/pkg/port"
 	"gotest.tools/v3/assert"
 
 	"berth/hack/tree"
 	"berth/integration/engine"
+	"berth/integration/faultproxy"
 	"berth/integration/hostload"
 	"berth/integration/stack"
 	"berth/integration/stacktest"
 )
 
 var (
-	duration      = flag.Duration("duration", time.Minute, "how long the soak takes")
+	duration      = flag.Duration("duration", 2*time.Minute, "how long the soak takes")
 	noDetachNetns = flag.Bool("no-detach-netns", false, "keep the daemon from seeing the host, so that it is refused ports")
 )
 
@@ -46,19 +51,34 @@ const (
 	// A daemon that is gone fails thousands of starts a second.
 	afterFailure = time.Second
 	shown        = 10 // failures that are told in full
+	faultShare   = 0.01
 )
 
 // The stack starts and stops containers for long, while other processes hold a third of the
-// host's ports and let go of one and take another all the time. What there is each minute, with
-// all containers gone, is also written to build/results/soak.json.
+// host's ports and let go of one and take another all the time, and one request in a hundred
+// between dockerd and RootlessKit meets a fault. What there is each minute, with all containers
+// gone, is also written to build/results/soak.json.
 func TestSoak(t *testing.T) {
 	root, err := tree.Root()
 	assert.NilError(t, err)
-	// Whatever is to stand between dockerd and RootlessKit is one of these options.
-	d := stacktest.Start(t, "dockerd", stack.Options{NoDetachNetns: *noDetachNetns})
+	socket := stacktest.At(t).RootlessKitSocket()
+	proxy, err := faultproxy.Start(socket)
+	assert.NilError(t, err)
+	t.Cleanup(func() { assert.Check(t, proxy.Close()) })
+	d := stacktest.Start(t, "dockerd", stack.Options{NoDetachNetns: *noDetachNetns, RootlessKitAPI: proxy.Socket})
 	ctx, stop := signal.NotifyContext(t.Context(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	s := soak{t: t, ctx: ctx, d: d, engine: engine.New(d.Host()), begun: time.Now()}
+	s := soak{t: t, ctx: ctx, d: d, engine: engine.New(d.Host()), proxy: proxy, begun: time.Now()}
+	s.rlk, err = client.New(socket)
+	assert.NilError(t, err)
+	defer s.rlk.Close()
+	random := rand.New(rand.NewPCG(1, 2))
+	proxy.Inject(func(faultproxy.Call) faultproxy.Fault {
+		if random.Float64() >= faultShare {
+			return faultproxy.Fault{}
+		}
+		return faultproxy.Faults[random.IntN(len(faultproxy.Faults))]
+	})
 	// The stack's own at rest, and other programs of the user where the host is not one of the tests' own.
 	s.alien = listeners(t, d)
 	var loads []*hostload.Process
@@ -105,7 +125,7 @@ func TestSoak(t *testing.T) {
 		t.Error(w)
 	}
 	if len(wrong) == 0 {
-		fmt.Fprintln(t.Output(), "no failures, no growth, nothing left")
+		fmt.Fprintln(t.Output(), "no failures but those injected, no growth, nothing left")
 	}
 }
 
@@ -114,12 +134,14 @@ type soak struct {
 	ctx    context.Context // ends when the soak is interrupted
 	d      *stacktest.Daemon
 	engine *engine.Client
+	proxy  *faultproxy.Proxy
+	rlk    client.Client // not through the proxy
 	begun  time.Time
 	alien  int // listeners that are not those of published ports
 	peak   int // the most listeners that there were at once
 
-	mu               sync.Mutex
-	starts, failures int
+	mu                         sync.Mutex
+	starts, injected, failures int
 }
 
 // publishes are what containers ask for, in turn.
@@ -140,7 +162,7 @@ func (s *soak) work(end time.Time) {
 				n := s.starts
 				s.starts++
 				s.mu.Unlock()
-				if err := s.container(s.ctx, n); err != nil && s.ctx.Err() == nil {
+				if err := s.container(s.ctx, n); err != nil && s.ctx.Err() == nil && !s.isInjected(err) {
 					s.failed(n, err)
 					time.Sleep(afterFailure)
 				}
@@ -159,6 +181,31 @@ func (s *soak) work(end time.Time) {
 		case <-tick.C:
 		}
 	}
+}
+
+// isInjected tells whether a start failed since the proxy lost an answer, and counts those.
+func (s *soak) isInjected(err error) bool {
+	for _, c := range s.proxy.Calls() {
+		if c.Op == faultproxy.AddPort && c.Fault.IsLost() && strings.Contains(err.Error(), "host port "+hostPort(s.t, c)+": ") && strings.Contains(err.Error(), "EOF") {
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			s.injected++
+			return true
+		}
+	}
+	return false
+}
+
+// hostPort is the host port that c asks for, such as "[::1]:8080/tcp".
+func hostPort(t *testing.T, c faultproxy.Call) string {
+	t.Helper()
+	spec, err := c.Spec()
+	assert.NilError(t, err)
+	return hostPortOf(spec)
+}
+
+func hostPortOf(s port.Spec) string {
+	return net.JoinHostPort(s.ParentIP, strconv.Itoa(s.ParentPort)) + "/" + strings.TrimRight(s.Proto, "46")
 }
 
 func (s *soak) failed(n int, err error) {
@@ -234,10 +281,7 @@ func (s *soak) atRest(samples []Sample) Sample {
 		if len(samples) > 0 {
 			first = samples[0]
 		}
-		first.Starts, sample.Failures = -1, 0 // not what is waited for
-		settled := len(Verdict(first, sample)) == 0
-		sample.Failures = s.failures
-		if settled || time.Now().After(end) {
+		if len(Grown(first, sample)) == 0 || time.Now().After(end) {
 			return sample
 		}
 	}
@@ -247,14 +291,31 @@ func (s *soak) sample() Sample {
 	t := s.t
 	t.Helper()
 	ctx := t.Context()
-	sample := Sample{Minutes: time.Since(s.begun).Minutes(), Starts: s.starts, Refusals: refusals(t, s.d.Log), Peak: s.peak}
+	sample := Sample{Minutes: time.Since(s.begun).Minutes(), Starts: s.starts, Injected: s.injected, Failures: s.failures, Peak: s.peak}
+	for _, c := range s.proxy.Calls() {
+		if c.Fault != (faultproxy.Fault{}) {
+			sample.Faults++
+		}
+		if c.Op == faultproxy.AddPort && c.Fault.IsLost() {
+			sample.Lost++
+		}
+	}
+	var named map[string]bool
+	sample.Refusals, named = readLog(t, s.d.Log)
+	ports, err := s.rlk.PortManager().ListPorts(ctx)
+	assert.NilError(t, err)
+	for _, p := range ports {
+		if named[hostPortOf(p.Spec)] && (os.Getuid() == 0 || strings.HasPrefix(p.Spec.Proto, "tcp")) { // as listeners does
+			sample.Named++
+		}
+	}
 	containers, err := s.engine.Containers(ctx)
 	assert.NilError(t, err)
 	sample.Containers = len(containers)
 	sample.Goroutines, err = s.engine.Goroutines(ctx)
 	assert.NilError(t, err)
 	s.engine.Close()
-	sample.Listeners = listeners(t, s.d) - s.alien
+	sample.Listeners = listeners(t, s.d) - s.alien - sample.Named
 
 	dockerd, err := s.d.PIDs("dockerd")
 	assert.NilError(t, err)
@@ -271,17 +332,24 @@ func (s *soak) sample() Sample {
 
 var searched = regexp.MustCompile(`"Published a host port after refusals of others".* attempts=(\d+)`)
 
-// refusals counts what the daemon's log tells of searches that came out at a port.
-func refusals(t *testing.T, log string) (n int) {
+// readLog counts the refusals that the daemon's log tells of, of searches that came out at a
+// port, and returns the host ports that RootlessKit may have though nobody knows.
+func readLog(t *testing.T, log string) (refusals int, named map[string]bool) {
 	t.Helper()
 	data, err := os.ReadFile(log)
 	assert.NilError(t, err)
-	for _, m := range searched.FindAllSubmatch(data, -1) {
-		attempts, err := strconv.Atoi(string(m[1]))
-		assert.NilError(t, err)
-		n += attempts - 1
+	named = map[string]bool{}
+	for line := range strings.Lines(string(data)) {
+		if hostPort, ok := stacktest.LostPort(line); ok {
+			named[hostPort] = true
+		}
+		if m := searched.FindStringSubmatch(line); m != nil {
+			attempts, err := strconv.Atoi(m[1])
+			assert.NilError(t, err)
+			refusals += attempts - 1
+		}
 	}
-	return n
+	return refusals, named
 }
 
 // listeners counts the sockets of the stack's user that listen on the host. A UDP socket does

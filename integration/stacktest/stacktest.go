@@ -17,6 +17,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"strings"
 	"syscall"
@@ -254,6 +255,18 @@ func AssertAnswers(t *testing.T, network string, at netip.AddrPort, id string) {
 		return poll.Success()
 	})
 	assert.Assert(t, strings.HasSuffix(answer, id[:12]+"\n"), "%s %v answered %q, want %s", network, at, answer, id[:12])
+}
+
+var lostLine = regexp.MustCompile(`level=warning msg="RootlessKit's answer was lost.* hostIP="?([^" ]+)"? .*port=(\d+) proto=(\w+)`)
+
+// LostPort tells whether a line of the daemon's log is the one that names a host port which RootlessKit
+// may hold though nobody knows, and returns it, such as "[::1]:8080/tcp".
+func LostPort(line string) (hostPort string, ok bool) {
+	m := lostLine.FindStringSubmatch(line)
+	if m == nil {
+		return "", false
+	}
+	return net.JoinHostPort(m[1], m[2]) + "/" + m[3], true
 }
 
 // Ask returns all that comes back from the address; network is tcp or udp.
