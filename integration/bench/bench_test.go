@@ -107,7 +107,7 @@ func request(first, last int, hostIPs ...netip.Addr) []portmapperapi.PortBinding
 	return reqs
 }
 
-// mapAndUnmap is what is measured. It returns the port that was published.
+// mapAndUnmap is what is measured, where nothing else is said. It returns the port that was published.
 func mapAndUnmap(b *testing.B, pm portmapperapi.PortMapper, reqs []portmapperapi.PortBindingReq) int {
 	pbs, err := pm.MapPorts(context.Background(), reqs)
 	if err != nil {
@@ -157,8 +157,9 @@ func BenchmarkFake(b *testing.B) {
 }
 
 // benchmarkNoRefusal publishes with stock, with Berth and, if asked for, with
-// Berth that sees the host, in turn, so that each meets the same machine. Only
-// MapPorts is measured: the median, and how many objects it allocates.
+// Berth that sees the host, in turn, so that each meets the same machine. What
+// is measured is the median of MapPorts, that of UnmapPorts, and how many
+// objects MapPorts allocates.
 func benchmarkNoRefusal(b *testing.B, stock, berth portmapperapi.PortMapper, hostIPs []netip.Addr, withView bool) {
 	publishers := []*publisher{{name: "stock", mapper: stock}, {name: "berth", mapper: berth}}
 	if withView {
@@ -171,8 +172,8 @@ func benchmarkNoRefusal(b *testing.B, stock, berth portmapperapi.PortMapper, hos
 		}
 	}
 	for _, p := range publishers {
-		slices.Sort(p.took)
-		b.ReportMetric(float64(p.took[len(p.took)/2].Nanoseconds()), "ns/"+p.name)
+		b.ReportMetric(median(p.publishes), "ns/"+p.name)
+		b.ReportMetric(median(p.removals), "ns/"+p.name+"-removal")
 		b.ReportMetric(p.objects(b, hostIPs), "objects/"+p.name)
 	}
 }
@@ -181,7 +182,13 @@ type publisher struct {
 	name     string
 	mapper   portmapperapi.PortMapper
 	stateDir string // stateDir is RootlessKit's, for a view of the host.
-	took     []time.Duration
+
+	publishes, removals []time.Duration
+}
+
+func median(list []time.Duration) float64 {
+	slices.Sort(list)
+	return float64(list[len(list)/2].Nanoseconds())
 }
 
 func (p *publisher) publish(b *testing.B, hostIPs []netip.Addr) {
@@ -189,9 +196,12 @@ func (p *publisher) publish(b *testing.B, hostIPs []netip.Addr) {
 	reqs := request(0, 0, hostIPs...)
 	start := time.Now()
 	pbs, err := p.mapper.MapPorts(context.Background(), reqs)
-	p.took = append(p.took, time.Since(start))
+	p.publishes = append(p.publishes, time.Since(start))
 	assert.NilError(b, err)
-	assert.NilError(b, p.mapper.UnmapPorts(context.Background(), pbs))
+	start = time.Now()
+	err = p.mapper.UnmapPorts(context.Background(), pbs)
+	p.removals = append(p.removals, time.Since(start))
+	assert.NilError(b, err)
 }
 
 // objects returns how many a publish allocates, on average, as

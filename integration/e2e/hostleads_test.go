@@ -4,11 +4,16 @@ package e2e
 
 import (
 	"fmt"
+	"net"
 	"os"
+	"os/user"
+	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
 	"gotest.tools/v3/assert"
 
 	"berth/integration/hostload"
@@ -93,6 +98,59 @@ func TestSlirp4netnsPortDriver(t *testing.T) {
 			assert.ErrorContains(t, err, "address already in use")
 		})
 	}
+}
+
+// From the daemon's user namespace the host's socket table tells three kinds of owners.
+func TestBusyPortSaysWhoseItIs(t *testing.T) {
+	needsNamespace(t)
+	d := stacktest.Start(t, "dockerd", stack.Options{})
+	account, err := user.Lookup(d.User())
+	assert.NilError(t, err)
+	uid, err := strconv.Atoi(account.Uid)
+	assert.NilError(t, err)
+	for i, tt := range []struct {
+		name string
+		uid  int
+		want string
+	}{
+		{"another user's", 0, "another user's process"},
+		{"a sub-id's", firstSubID(t, d.User()) + 999, "a container's process (of user 1000 in this daemon's user namespace)"},
+		{"the daemon's user's", uid, "another process of this user"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			port := 20210 + i
+			listenAs(t, tt.uid, port)
+			_, err := d.Run(t, fmt.Sprintf("%d:80", port))
+			assert.ErrorContains(t, err, fmt.Sprintf("address already in use; %s has it; stop what holds it (sudo ss -ltnp 'sport = :%d'", tt.want, port))
+		})
+	}
+}
+
+// listenAs makes a socket that the kernel knows as the user's.
+func listenAs(t *testing.T, uid, port int) {
+	t.Helper()
+	runtime.LockOSThread() // setfsuid(2) is about one thread
+	defer runtime.UnlockOSThread()
+	assert.NilError(t, unix.Setfsuid(uid))
+	defer func() { assert.NilError(t, unix.Setfsuid(0)) }()
+	l, err := net.Listen("tcp4", fmt.Sprint(":", port))
+	assert.NilError(t, err)
+	t.Cleanup(func() { assert.NilError(t, l.Close()) })
+}
+
+func firstSubID(t *testing.T, name string) (id int) {
+	t.Helper()
+	data, err := os.ReadFile("/etc/subuid")
+	assert.NilError(t, err)
+	for line := range strings.Lines(string(data)) {
+		if f := strings.Split(line, ":"); f[0] == name {
+			id, err = strconv.Atoi(f[1])
+			assert.NilError(t, err)
+			return id
+		}
+	}
+	t.Fatalf("%s has no sub-ids", name)
+	return 0
 }
 
 // With the process in the child namespace, all there is to go by is what the port driver says.

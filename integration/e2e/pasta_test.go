@@ -8,7 +8,9 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"strings"
 	"testing"
+	"time"
 
 	"gotest.tools/v3/assert"
 	is "gotest.tools/v3/assert/cmp"
@@ -117,6 +119,39 @@ func TestBerthWithPasta(t *testing.T) {
 			assertAnswers(t, id, port, network)
 		})
 	}
+}
+
+// Between the look and pasta's bind, the kernel gives nobody the port of its own choice (bind to
+// port 0, connect): here it has a hundred to choose from, and does so a thousand times a second.
+func TestPastaWhereTheKernelChooses(t *testing.T) {
+	const starts = 20
+	setSysctl(t, portRangeSysctl, "40000 40399")
+	d := stacktest.Start(t, "dockerd", pasta)
+	hold(t, hostload.Load{Network: "tcp4", Ports: make([]int, 301), Hold: 300, Churn: time.Millisecond})
+	lost := 0
+	for range starts {
+		id, err := d.Run(t, "0:80")
+		assert.NilError(t, err)
+		at := netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), d.Published(t, id)[0].Port())
+		if !answersSoon("tcp", at, id) {
+			t.Logf("%v is not the container's", at)
+			lost++
+		}
+		_, err = d.Docker("rm", "-f", id)
+		assert.NilError(t, err)
+	}
+	t.Logf("%d of %d published ports were lost to others", lost, starts)
+	assert.Equal(t, lost, 0)
+}
+
+// answersSoon tells whether the container is what answers, once pasta has had the time.
+func answersSoon(network string, at netip.AddrPort, id string) bool {
+	for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); time.Sleep(50 * time.Millisecond) {
+		if answer, err := stacktest.Ask(network, at); err == nil && strings.HasSuffix(answer, id[:12]+"\n") {
+			return true
+		}
+	}
+	return false
 }
 
 // assertAnswers checks that the container is what answers at the port on IPv4: RootlessKit

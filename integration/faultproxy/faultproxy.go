@@ -17,7 +17,6 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -62,21 +61,26 @@ var Faults = []Fault{
 	{Kind: Half},
 }
 
-// IsLost tells whether the caller can't know what became of the request.
-func (f Fault) IsLost() bool {
-	switch f.Kind {
-	case CutBefore, CutAfter, Half:
-		return true
-	}
-	return false
-}
-
 // Call is a request to add or to remove a port.
 type Call struct {
 	Op    Op
 	N     int // it is the N-th of its Op since the last Inject, from 1
 	Body  []byte
 	Fault Fault
+	// Refused is set when RootlessKit has served the request, and its answer was an error.
+	Refused bool
+}
+
+// IsLost tells whether the caller can't know what became of an [AddPort]. Half of an error is
+// an answer, too.
+func (c Call) IsLost() bool {
+	switch c.Fault.Kind {
+	case CutBefore, CutAfter:
+		return true
+	case Half:
+		return !c.Refused
+	}
+	return false
 }
 
 // Spec returns what an [AddPort] asks for.
@@ -122,7 +126,7 @@ type Proxy struct {
 
 	mu    sync.Mutex
 	plan  Plan
-	calls []Call
+	calls []*Call
 	n     map[Op]int // how many of calls there are of each
 }
 
@@ -179,10 +183,13 @@ func (p *Proxy) Inject(plan Plan) {
 }
 
 // Calls returns the calls since the last Inject, in the order they came.
-func (p *Proxy) Calls() []Call {
+func (p *Proxy) Calls() (calls []Call) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return slices.Clone(p.calls)
+	for _, c := range p.calls {
+		calls = append(calls, *c)
+	}
+	return calls
 }
 
 // ServeHTTP is one request to the proxy.
@@ -191,7 +198,8 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if err != nil {
 		panic(http.ErrAbortHandler)
 	}
-	fault := p.record(r, body)
+	call := p.record(r, body)
+	fault := call.Fault
 	select {
 	case <-time.After(fault.Delay):
 	case <-p.closed:
@@ -205,6 +213,9 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	status, header, answer, err := p.pass(r, body)
+	p.mu.Lock()
+	call.Refused = err == nil && status >= http.StatusBadRequest
+	p.mu.Unlock()
 	if err != nil || fault.Kind == CutAfter {
 		panic(http.ErrAbortHandler)
 	}
@@ -225,8 +236,8 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	w.Write(answer)
 }
 
-// record takes note of a request and returns its fault.
-func (p *Proxy) record(r *http.Request, body []byte) Fault {
+// record takes note of a request, and chooses its fault.
+func (p *Proxy) record(r *http.Request, body []byte) *Call {
 	var op Op
 	switch {
 	case r.Method == http.MethodPost && strings.HasSuffix(r.URL.Path, "/ports"):
@@ -234,17 +245,17 @@ func (p *Proxy) record(r *http.Request, body []byte) Fault {
 	case r.Method == http.MethodDelete && strings.Contains(r.URL.Path, "/ports/"):
 		op = RemovePort
 	default:
-		return Fault{}
+		return &Call{}
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.n[op]++
-	c := Call{Op: op, N: p.n[op], Body: body}
+	c := &Call{Op: op, N: p.n[op], Body: body}
 	if p.plan != nil {
-		c.Fault = p.plan(c)
+		c.Fault = p.plan(*c)
 	}
 	p.calls = append(p.calls, c)
-	return c.Fault
+	return c
 }
 
 // pass has RootlessKit serve the request, and returns its whole answer.

@@ -1,9 +1,11 @@
 package faultproxy_test
 
 import (
+	"encoding/json"
 	"net"
 	"net/http"
 	"path/filepath"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -51,18 +53,41 @@ func TestFaults(t *testing.T) {
 			calls := p.Calls()
 			assert.Equal(t, len(calls), 4)
 			assert.DeepEqual(t, calls[1].Fault, c.fault)
+			assert.Equal(t, calls[1].IsLost(), strings.HasSuffix(c.addSays, "EOF"))
 			assert.Equal(t, calls[3].N, 2)
 		})
 	}
 }
 
-// start starts a proxy before a RootlessKit that says yes, and counts what that serves.
+// Half of a refusal is one: nothing is lost.
+func TestHalfOfARefusal(t *testing.T) {
+	p, _ := start(t)
+	p.Inject(faultproxy.At(faultproxy.AddPort, 1, faultproxy.Fault{Kind: faultproxy.Half}))
+	rlk, err := client.New(p.Socket)
+	assert.NilError(t, err)
+	defer rlk.Close()
+	_, err = rlk.PortManager().AddPort(t.Context(), port.Spec{ParentPort: takenPort})
+	assert.ErrorContains(t, err, "Bad Request")
+	calls := p.Calls()
+	assert.Equal(t, len(calls), 1)
+	assert.Assert(t, calls[0].Refused && !calls[0].IsLost())
+}
+
+// takenPort is refused.
+const takenPort = 99
+
+// start starts a proxy before a RootlessKit that says yes, except to takenPort, and counts what that serves.
 func start(t *testing.T) (*faultproxy.Proxy, *atomic.Int32) {
 	t.Helper()
 	var served atomic.Int32
 	mux := http.NewServeMux()
-	mux.HandleFunc("POST /v1/ports", func(w http.ResponseWriter, _ *http.Request) {
+	mux.HandleFunc("POST /v1/ports", func(w http.ResponseWriter, r *http.Request) {
 		served.Add(1)
+		var spec port.Spec
+		if err := json.NewDecoder(r.Body).Decode(&spec); err != nil || spec.ParentPort == takenPort {
+			http.Error(w, `{"message":"listen tcp4 0.0.0.0:99: bind: address already in use"}`, http.StatusBadRequest)
+			return
+		}
 		w.WriteHeader(http.StatusCreated)
 		w.Write([]byte(`{"id":7,"spec":{}}`))
 	})

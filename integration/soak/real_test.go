@@ -186,7 +186,7 @@ func (s *soak) work(end time.Time) {
 // isInjected tells whether a start failed since the proxy lost an answer, and counts those.
 func (s *soak) isInjected(err error) bool {
 	for _, c := range s.proxy.Calls() {
-		if c.Op == faultproxy.AddPort && c.Fault.IsLost() && strings.Contains(err.Error(), "host port "+hostPort(s.t, c)+": ") && strings.Contains(err.Error(), "EOF") {
+		if c.Op == faultproxy.AddPort && c.IsLost() && strings.Contains(err.Error(), "host port "+hostPort(s.t, c)+": ") && strings.Contains(err.Error(), "EOF") {
 			s.mu.Lock()
 			defer s.mu.Unlock()
 			s.injected++
@@ -296,7 +296,7 @@ func (s *soak) sample() Sample {
 		if c.Fault != (faultproxy.Fault{}) {
 			sample.Faults++
 		}
-		if c.Op == faultproxy.AddPort && c.Fault.IsLost() {
+		if c.Op == faultproxy.AddPort && c.IsLost() {
 			sample.Lost++
 		}
 	}

@@ -70,6 +70,9 @@ func noRefusal(what, benchmark string) []figure {
 		name := fmt.Sprintf("%s/addresses=%d", benchmark, n)
 		list = append(list,
 			ratio(fmt.Sprintf("%s, %s: to stock", what, addresses(n)), 1.05, name, "sec/berth", name, "sec/stock"),
+			figure{fmt.Sprintf("%s, %s: with its removal, to stock", what, addresses(n)), 1.05, times, func(get getter) float64 {
+				return (get(name, "sec/berth") + get(name, "sec/berth-removal")) / (get(name, "sec/stock") + get(name, "sec/stock-removal"))
+			}},
 			more(fmt.Sprintf("%s, %s: more than stock", what, addresses(n)), 10, objects, name, "objects/berth", name, "objects/stock"))
 	}
 	return list

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/log"
@@ -74,9 +75,10 @@ func (a *attempt) publishWithin(ctx context.Context, limit <-chan time.Time) err
 			if err == nil {
 				a.unexposeAll(ctx)
 			}
-			if !a.kept {
-				a.release()
+			if a.kept { // The log has, or will have, what is left.
+				return
 			}
+			a.release()
 			log.G(ctx).WithFields(log.Fields{
 				"port":     a.port,
 				"duration": time.Since(start),
@@ -145,19 +147,21 @@ func (a *attempt) publish(ctx context.Context) (retErr error) {
 
 // unexposeAll undoes publish, as far as it got.
 func (a *attempt) unexposeAll(ctx context.Context) {
-	failed, err := unexpose(a.bindings, func(portmapperapi.PortBinding) {})
+	done := func(portmapperapi.PortBinding) {} // They share one reservation.
+	failed, err := unexpose(a.bindings, done)
 	for i := range a.bindings {
 		a.bindings[i].PortDriverRemove = nil
 	}
 	if err == nil {
 		return
 	}
-	release := a.release
-	if a.kept { // For good.
-		release = func() {}
-	}
+	forGood := a.kept
 	a.kept = true
-	go unexposeAgain(ctx, failed, release)
+	go func() {
+		if unexposeAgain(ctx, failed, done) && !forGood {
+			a.release()
+		}
+	}()
 }
 
 // closeSockets frees the port in the child namespace. It remains reserved.
@@ -179,21 +183,29 @@ func (a *attempt) release() {
 	portallocator.NewOSAllocator().ReleasePorts(a.addrs, a.reqs[0].Proto, a.port)
 }
 
+// unanswered is the number of removals that were given up, and are not answered
+// yet. The bridge driver removes a container's ports one by one: while there are
+// any, the port driver is not waited for as long again.
+var unanswered atomic.Int32
+
 // unexposeWithin has the port driver remove the ports of pbs from the host, then
 // ends their reservations. What fails is returned, and tried again in the
-// background. A port driver that has not answered within limit is waited for
-// there, too.
-func unexposeWithin(ctx context.Context, pbs []portmapperapi.PortBinding, limit time.Duration) error {
-	answered := make(chan error, 1)
+// background. A port driver that does not answer in time is waited for there, too.
+func unexposeWithin(ctx context.Context, pbs []portmapperapi.PortBinding) error {
+	limit := searchLimit
+	if unanswered.Load() > 0 {
+		limit = removeWaits[0]
+	}
+	answered, gaveUp := make(chan error), make(chan struct{})
 	// As in publishWithin, another thread sends the requests.
 	go func() {
 		failed, err := unexpose(pbs, releaseReservation)
-		answered <- err
-		unexposeAgain(ctx, failed, func() {
-			for _, pb := range failed {
-				releaseReservation(pb)
-			}
-		})
+		select {
+		case answered <- err:
+		case <-gaveUp:
+			unanswered.Add(-1)
+		}
+		unexposeAgain(ctx, failed, releaseReservation)
 	}()
 	timer := time.NewTimer(limit)
 	defer timer.Stop()
@@ -201,6 +213,8 @@ func unexposeWithin(ctx context.Context, pbs []portmapperapi.PortBinding, limit 
 	case err := <-answered:
 		return err
 	case <-timer.C:
+		unanswered.Add(1)
+		close(gaveUp)
 		var ports []string
 		for _, pb := range pbs {
 			ports = append(ports, hostPort(pb.HostIP, int(pb.HostPort))+"/"+pb.Proto.String())
@@ -227,22 +241,21 @@ func unexpose(pbs []portmapperapi.PortBinding, done func(portmapperapi.PortBindi
 	return failed, errors.Join(errs...)
 }
 
-// unexposeAgain removes the ports of pbs from the host, after removals that
-// failed, then calls release. Those that it can't remove RootlessKit has until
-// it ends, with the daemon: it refuses them itself if they are asked for again.
-func unexposeAgain(ctx context.Context, pbs []portmapperapi.PortBinding, release func()) {
-	defer release()
+// unexposeAgain is unexpose after removals that failed. It returns whether all
+// went in the end. RootlessKit has the others until it ends, with the daemon.
+func unexposeAgain(ctx context.Context, pbs []portmapperapi.PortBinding, done func(portmapperapi.PortBinding)) bool {
 	var err error
 	for _, wait := range removeWaits {
 		if len(pbs) == 0 {
-			return
+			return true
 		}
 		time.Sleep(wait)
-		pbs, err = unexpose(pbs, func(portmapperapi.PortBinding) {})
+		pbs, err = unexpose(pbs, done)
 	}
 	if err != nil {
-		log.G(ctx).WithFields(log.Fields{"error": err}).Warn("RootlessKit may hold a host port until the daemon restarts")
+		log.G(ctx).WithFields(log.Fields{"error": err}).Warn("RootlessKit may hold a host port: reserved until the daemon restarts")
 	}
+	return err == nil
 }
 
 // removeWaits is how long to wait each time before another removal.

@@ -406,6 +406,17 @@ func TestBusyFixedPortSaysWhoHasIt(t *testing.T) {
 			})
 		})
 	}
+	t.Run("while the roll-back is being tried again", func(t *testing.T) {
+		f := newHostFake(t)
+		synctest.Test(t, func(t *testing.T) {
+			inChild(t)
+			occupy(t, "tcp", "::", 8080, 8080)
+			f.failRemovals = 1
+			err := refused(t, f, context.Background(), request(types.TCP, 8080, 8080, "0.0.0.0", "::"))
+			assert.Check(t, is.ErrorContains(err, fmt.Sprintf("(pid %d) has it; stop what holds it", os.Getpid())))
+			time.Sleep(time.Minute)
+		})
+	})
 	assert.Check(t, is.Equal(processWithSocket(0, time.Now().Add(time.Minute)), "another process of this user"))
 	assert.Check(t, is.Equal(ownerOf(overflowUID, 0, time.Now()), "another user's process"))
 	assert.Check(t, is.Equal(ownerOf(1001, 0, time.Now()), "a container's process (of user 1001 in this daemon's user namespace)"))

@@ -19,6 +19,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 
 	"github.com/moby/moby/v2/daemon/libnetwork/portallocator"
 	"github.com/moby/moby/v2/daemon/libnetwork/portmapperapi"
@@ -90,8 +91,10 @@ func (pm PortMapper) MapPorts(ctx context.Context, cfg []portmapperapi.PortBindi
 		return nil, err
 	}
 	view := newHostView(ctx, reqs)
+	var pdc PortDriverClient
 	switch {
 	case pm.hasPortDriver():
+		pdc = pm.pdc
 		if err := checkOverlap(reqs); err != nil {
 			return nil, err
 		}
@@ -99,13 +102,8 @@ func (pm PortMapper) MapPorts(ctx context.Context, cfg []portmapperapi.PortBindi
 		view.lookForPasta()
 	default:
 		// Nobody can refuse what was bound here: there is nothing to search.
-		a := attempt{pdc: pm.pdc, reqs: reqs, addrs: childAddrs(reqs)}
+		a := attempt{reqs: reqs, addrs: childAddrs(reqs)}
 		if err := a.allocate(int(first.HostPort), int(first.HostPortEnd)); err != nil {
-			return nil, err
-		}
-		if err := a.publish(context.WithoutCancel(ctx)); err != nil {
-			a.closeSockets(ctx)
-			a.release()
 			return nil, err
 		}
 		return a.bindings, nil
@@ -114,7 +112,7 @@ func (pm PortMapper) MapPorts(ctx context.Context, cfg []portmapperapi.PortBindi
 	s := newSearch(ctx, reqs, view)
 	defer s.end()
 	for s.next() {
-		a := attempt{pdc: pm.pdc, reqs: reqs, addrs: s.addrs}
+		a := attempt{pdc: pdc, reqs: reqs, addrs: s.addrs}
 		if err := a.allocate(s.begin, s.last); err != nil {
 			s.refusedInChild(err)
 			continue
@@ -132,9 +130,9 @@ func (pm PortMapper) MapPorts(ctx context.Context, cfg []portmapperapi.PortBindi
 // UnmapPorts closes, removes and releases everything that MapPorts set up for
 // pbs. A step that fails does not keep the others from being done; every
 // failure is in the returned error. The removal of a host port that RootlessKit
-// failed to remove is tried again in the background, and it stays reserved
-// meanwhile; so does one whose removal RootlessKit has not answered in 10
-// seconds.
+// failed to remove is tried again in the background, and one that it has not
+// answered in 10 seconds is waited for there: the port stays reserved until
+// RootlessKit has let go of it.
 func (pm PortMapper) UnmapPorts(ctx context.Context, pbs []portmapperapi.PortBinding) error {
 	var (
 		errs    []error
@@ -154,17 +152,56 @@ func (pm PortMapper) UnmapPorts(ctx context.Context, pbs []portmapperapi.PortBin
 		exposed = append(exposed, pb)
 	}
 	if len(exposed) > 0 {
-		errs = append(errs, unexposeWithin(ctx, exposed, searchLimit))
+		errs = append(errs, unexposeWithin(ctx, exposed))
 	}
 	return errors.Join(errs...)
 }
 
-// releaseReservation ends the reservation of pb's port, if it is pb's own.
+// releaseReservation ends pb's part in the reservation of its child port, and
+// the reservation with the last part.
 func releaseReservation(pb portmapperapi.PortBinding) {
-	// Without NAT, it's another binding's child port that is shared.
-	if pb.NAT.IsValid() {
+	if !sharedPorts.leave(pb) {
 		portallocator.Get().ReleasePort(pb.ChildHostIP, pb.Proto.String(), int(pb.HostPort))
 	}
+}
+
+// sharedPorts has the child ports that more than one binding shares: what one
+// of them still forwards to is no other container's.
+var sharedPorts = portSharing{others: map[childPort]int{}}
+
+type portSharing struct {
+	mu     sync.Mutex
+	others map[childPort]int // others counts the bindings but one.
+}
+
+type childPort struct {
+	proto types.Protocol
+	at    netip.AddrPort
+}
+
+func childPortOf(pb portmapperapi.PortBinding) childPort {
+	return childPort{pb.Proto, netip.AddrPortFrom(addrOf(pb.ChildHostIP), pb.HostPort)}
+}
+
+// join takes note of a binding that shares another one's child port.
+func (s *portSharing) join(pb portmapperapi.PortBinding) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.others[childPortOf(pb)]++
+}
+
+// leave tells whether other bindings still share pb's child port.
+func (s *portSharing) leave(pb portmapperapi.PortBinding) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	p := childPortOf(pb)
+	if s.others[p] == 0 {
+		return false
+	}
+	if s.others[p]--; s.others[p] == 0 {
+		delete(s.others, p)
+	}
+	return true
 }
 
 // hasPortDriver tells whether there's a port driver to ask. There is none in

@@ -140,15 +140,15 @@ func TestHostAddressesThatShareAChildAddress(t *testing.T) {
 			assert.Check(t, pbs[0].BoundSocket != nil && pbs[0].NAT.IsValid())
 			assert.Check(t, pbs[1].BoundSocket == nil && !pbs[1].NAT.IsValid())
 
-			// The bridge driver unmaps them one by one. The second one has no
-			// reservation to release: by then it can be another container's.
+			// The bridge driver unmaps them one by one. The child port is nobody
+			// else's before the last one no longer forwards to it.
 			assert.Check(t, pm.UnmapPorts(context.Background(), pbs[:1]))
 			ip, p := f.child4.AsSlice(), int(pbs[0].HostPort)
 			_, err = portallocator.Get().RequestPort(ip, "tcp", p)
-			assert.NilError(t, err)
+			assert.Check(t, is.ErrorContains(err, "already allocated"))
 			assert.Check(t, pm.UnmapPorts(context.Background(), pbs[1:]))
 			_, err = portallocator.Get().RequestPort(ip, "tcp", p)
-			assert.Check(t, is.ErrorContains(err, "already allocated"))
+			assert.NilError(t, err)
 			portallocator.Get().ReleasePort(ip, "tcp", p)
 		})
 	}
@@ -271,29 +271,42 @@ func TestRemovalThatFailsForGoodIsTold(t *testing.T) {
 	warnings := entries(hook, logrus.WarnLevel)
 	assert.Assert(t, is.Len(warnings, 1))
 	assert.Check(t, is.Equal(f.failRemovals, 0))
+	// Its child port would be forwarded to from there.
+	_, err := portallocator.Get().RequestPort(f.child4.AsSlice(), "tcp", f.asked[0])
+	assert.Check(t, is.ErrorContains(err, "already allocated"))
+	portallocator.Get().ReleasePort(f.child4.AsSlice(), "tcp", f.asked[0])
 }
 
-// Nobody waits for long under the bridge driver's lock. The port isn't given to
-// another container before RootlessKit has let go of it.
+// Nobody waits for long under the bridge driver's lock, which removes ports one
+// by one. A port isn't given to another container before RootlessKit has let go
+// of it.
 func TestRemovalThatIsNotAnsweredIsGivenUp(t *testing.T) {
 	f := newFake(t)
 	synctest.Test(t, func(t *testing.T) {
 		pm := NewPortMapper(Config{RlkClient: f})
-		pbs, err := pm.MapPorts(context.Background(), request(types.TCP, 18082, 18082, "0.0.0.0", "::"))
-		assert.NilError(t, err)
-		remove, hung := pbs[0].PortDriverRemove, make(chan struct{})
-		pbs[0].PortDriverRemove = func() error { <-hung; return remove() }
+		hung := make(chan struct{})
+		var pbs []portmapperapi.PortBinding
+		for port := 18082; port < 18092; port++ {
+			more, err := pm.MapPorts(context.Background(), request(types.TCP, port, port, "0.0.0.0"))
+			assert.NilError(t, err)
+			remove := more[0].PortDriverRemove
+			more[0].PortDriverRemove = func() error { <-hung; return remove() }
+			pbs = append(pbs, more...)
+		}
 
 		start := time.Now()
-		err = pm.UnmapPorts(context.Background(), pbs)
-		assert.Check(t, is.ErrorContains(err, "failed to remove host port 0.0.0.0:18082/tcp, [::]:18082/tcp: RootlessKit's port driver did not answer in time (10s)"))
-		assert.Check(t, is.Equal(time.Since(start), searchLimit))
-		_, err = portallocator.Get().RequestPort(f.child4.AsSlice(), "tcp", 18082)
+		for i, pb := range pbs {
+			err := pm.UnmapPorts(context.Background(), []portmapperapi.PortBinding{pb})
+			assert.Check(t, is.ErrorContains(err, fmt.Sprintf("failed to remove host port 0.0.0.0:%d/tcp: RootlessKit's port driver did not answer in time", 18082+i)))
+		}
+		assert.Check(t, is.Equal(time.Since(start), searchLimit+9*removeWaits[0]))
+		_, err := portallocator.Get().RequestPort(f.child4.AsSlice(), "tcp", 18082)
 		assert.Check(t, is.ErrorContains(err, "already allocated"))
 
 		close(hung)
 		synctest.Wait()
 		assert.Check(t, is.Len(f.exposed, 0))
+		assert.Check(t, is.Equal(unanswered.Load(), int32(0)))
 	})
 }
 

@@ -58,8 +58,8 @@ var marks = []struct {
 	// Windows' excluded port ranges, where RootlessKit runs in WSL.
 	{forbidden, 0, "forbidden by its access permissions", "publish a port that the host does not reserve"},
 	// RootlessKit (all port drivers), gvisor-tap-vsock, and the allocator.
-	{forbidden, 0, "conflict with id", adviseTheirs},
-	{forbidden, 0, "proxy already running", adviseTheirs},
+	{forbidden, 0, "conflict with id", adviseOurs},
+	{forbidden, 0, "proxy already running", adviseOurs},
 	{forbidden, 0, "port is already allocated", adviseOurs},
 	{forbidden, 0, "all ports are allocated", adviseOurs},
 
@@ -97,8 +97,7 @@ var marks = []struct {
 
 const (
 	adviseInUse      = "stop what holds it (sudo ss -%s 'sport = :%d' on the host tells), or publish another host port, or 0 for any free one"
-	adviseOurs       = "stop the container that has it, or publish another host port, or 0 for any free one"
-	adviseTheirs     = adviseOurs + "; if none has it, RootlessKit was left with it: restart the rootless daemon"
+	adviseOurs       = "stop the container that has it (if none has, RootlessKit was left with it, and the daemon's log says so: restart the rootless daemon), or publish another host port, or 0 for any free one"
 	advisePrivileged = "ports below net.ipv4.ip_unprivileged_port_start need a privilege: publish a port from 1024 up, or lower that limit on the host (sudo sysctl -w net.ipv4.ip_unprivileged_port_start=%d), or give rootlesskit the capability (sudo setcap cap_net_bind_service=ep on its binary)"
 	adviseProto      = "use another protocol or host address, or another port driver (DOCKERD_ROOTLESS_ROOTLESSKIT_PORT_DRIVER)"
 	adviseLimits     = "raise the limits of the rootless daemon (ulimit -n)"

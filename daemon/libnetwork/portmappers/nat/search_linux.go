@@ -62,10 +62,11 @@ type search struct {
 
 	err         error // err is why the search ended, if it failed.
 	lastRefusal error
-	attempts    int // attempts is the number of ports tried, those tried again included.
-	tried       int // tried is the number of different ports tried.
-	unsure      int // unsure is the number of refusals with the verdict maybe.
-	jumps       int // jumps is how often the view was made to look elsewhere.
+	attempts    int  // attempts is the number of ports tried, those tried again included.
+	tried       int  // tried is the number of different ports tried.
+	unsure      int  // unsure is the number of refusals with the verdict maybe.
+	jumps       int  // jumps is how often the view was made to look elsewhere.
+	kept        bool // kept is set when the last attempt's port stays reserved.
 
 	// The rest is about the current pass over the range.
 	passed    int           // passed is the number of ports tried.
@@ -277,7 +278,7 @@ func (s *search) refusedOnHost(a *attempt, err error) {
 			v = driverVerdict(err)
 		}
 	}
-	if !a.kept {
+	if s.kept = a.kept; !s.kept {
 		s.held = append(s.held, heldPort{a.port, v})
 	}
 	s.refused(v, err)
@@ -310,6 +311,11 @@ func (s *search) refused(v verdict, err error) {
 func (s *search) published(a *attempt) {
 	if s.view != nil && s.dynamic() {
 		hostCursor.Store(int32(a.port))
+	}
+	for _, pb := range a.bindings {
+		if pb.BoundSocket == nil {
+			sharedPorts.join(pb)
+		}
 	}
 	if s.view != nil && s.view.implicit {
 		ownPorts.add(s.proto, a.port, len(a.bindings))
@@ -388,7 +394,7 @@ func (s *search) failure(how string, cause error) error {
 	who := ""
 	if r := (*hostRefusal)(nil); s.fixed() && s.view != nil && errors.As(cause, &r) && driverVerdict(cause) == taken {
 		s.end() // Its own reservation does not make the port this daemon's.
-		if !isUnallocated(s.proto, r.port) {
+		if !s.kept && !isUnallocated(s.proto, r.port) {
 			who = "; a container of this daemon has it on another host address"
 		} else if who = s.view.holder(r.hostIP, r.port); who != "" {
 			who = "; " + who + " has it"

@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
+	"net/url"
 	"runtime"
 	"strconv"
 	"strings"
@@ -350,7 +352,8 @@ func TestCallerGivesUp(t *testing.T) {
 
 // A request that isn't answered is given up, and undone when the answer comes.
 func TestPortDriverThatDoesNotAnswer(t *testing.T) {
-	for name, late := range map[string]error{"success": nil, "refusal": errInUse} {
+	lost := fmt.Errorf("%s%w", answerPrefix, &url.Error{Op: "Post", URL: "http://rootlesskit/v1/ports", Err: io.EOF})
+	for name, late := range map[string]error{"success": nil, "refusal": errInUse, "loss": lost} {
 		t.Run("late "+name, func(t *testing.T) {
 			f := newFake(t)
 			ctx, hook := logged()
@@ -389,7 +392,13 @@ func TestPortDriverThatDoesNotAnswer(t *testing.T) {
 				assert.Check(t, is.Len(f.exposed, 0))
 			})
 			warnings := entries(hook, logrus.WarnLevel)
-			assert.Check(t, is.Len(warnings, 1))
+			assert.Assert(t, is.Len(warnings, 1))
+			said := "undone"
+			if late == lost {
+				said = "reserved until the daemon restarts"
+				portallocator.NewOSAllocator().ReleasePorts([]net.IP{f.child4.AsSlice(), net.IPv6loopback}, types.TCP, f.asked[0])
+			}
+			assert.Check(t, is.Contains(warnings[0].Message, said))
 		})
 	}
 }
