@@ -3,13 +3,11 @@
 package e2e
 
 import (
-	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
 	"net/netip"
 	"os"
-	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
@@ -21,7 +19,6 @@ import (
 	"gotest.tools/v3/assert"
 	"gotest.tools/v3/poll"
 
-	"berth/hack/tree"
 	"berth/integration/engine"
 	"berth/integration/hostload"
 	"berth/integration/stack"
@@ -89,14 +86,8 @@ func TestStopsWaitForASearch(t *testing.T) {
 	}
 	w.Flush()
 	t.Logf("\n%s", &table)
-	report, err := json.MarshalIndent(rows, "", "  ")
-	assert.NilError(t, err)
-	root, err := tree.Root()
-	assert.NilError(t, err)
-	dir := filepath.Join(root, "build", "results")
-	assert.NilError(t, os.MkdirAll(dir, 0o755))
-	assert.NilError(t, os.WriteFile(filepath.Join(dir, "lock.json"), append(report, '\n'), 0o644))
-	assert.NilError(t, os.WriteFile(filepath.Join(dir, "lock.txt"), []byte(table.String()), 0o644))
+	stacktest.WriteResults(t, "lock.json", rows)
+	stacktest.WriteText(t, "lock.txt", table.String())
 
 	for _, r := range rows {
 		switch {

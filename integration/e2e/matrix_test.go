@@ -156,7 +156,7 @@ func TestPortDriverMatrix(t *testing.T) {
 	if len(all) != 6*len(matrixCases) {
 		return // -run chose some, or one has failed
 	}
-	writeResults(t, "matrix.json", all)
+	stacktest.WriteResults(t, "matrix.json", all)
 }
 
 // runMatrix runs all cases on one stack. The containers stay until its end, so

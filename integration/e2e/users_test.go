@@ -3,7 +3,6 @@
 package e2e
 
 import (
-	"encoding/json"
 	"os"
 	"path/filepath"
 	"strings"
@@ -32,7 +31,7 @@ func TestTwoUsersStartAtOnce(t *testing.T) {
 	results := append(stock, berth...)
 	stress.PrintTable(&table, results...)
 	t.Logf("\n%s", &table)
-	writeResults(t, "users.json", results)
+	stacktest.WriteResults(t, "users.json", results)
 
 	for _, r := range stock {
 		assert.Assert(t, r.Published < r.Starts, "%s failed none: nothing is shown", r.Name)
@@ -40,18 +39,6 @@ func TestTwoUsersStartAtOnce(t *testing.T) {
 	for _, r := range berth {
 		assert.Equal(t, r.Answered, r.Starts, r.Name)
 	}
-}
-
-// writeResults keeps what a test has seen in build/results.
-func writeResults(t *testing.T, name string, results any) {
-	t.Helper()
-	report, err := json.MarshalIndent(results, "", "  ")
-	assert.NilError(t, err)
-	root, err := tree.Root()
-	assert.NilError(t, err)
-	dir := filepath.Join(root, "build", "results")
-	assert.NilError(t, os.MkdirAll(dir, 0o755))
-	assert.NilError(t, os.WriteFile(filepath.Join(dir, name), append(report, '\n'), 0o644))
 }
 
 // startAtOnce has two users start as many containers each, at the same time.

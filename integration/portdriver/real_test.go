@@ -246,11 +246,7 @@ func TestPortDrivers(t *testing.T) {
 	if len(all) != len(rootlessKits) {
 		return // -run chose some
 	}
-	data, err := json.MarshalIndent(all, "", "\t")
-	assert.NilError(t, err)
-	dir := filepath.Join(root, "build", "results")
-	assert.NilError(t, os.MkdirAll(dir, 0o755))
-	assert.NilError(t, os.WriteFile(filepath.Join(dir, "port-drivers.json"), data, 0o644))
+	stacktest.WriteResults(t, "port-drivers.json", all)
 	t.Run("documentation", func(t *testing.T) {
 		defer func() {
 			if t.Failed() {

@@ -4,7 +4,6 @@ package soak
 
 import (
 	"context"
-	"encoding/json"
 	"flag"
 	"fmt"
 	"maps"
@@ -14,7 +13,6 @@ import (
 	"os"
 	"os/signal"
 	"os/user"
-	"path/filepath"
 	"regexp"
 	"slices"
 	"strconv"
@@ -28,7 +26,6 @@ import (
 	"github.com/rootless-containers/rootlesskit/v3/pkg/port"
 	"gotest.tools/v3/assert"
 
-	"berth/hack/tree"
 	"berth/integration/engine"
 	"berth/integration/faultproxy"
 	"berth/integration/hostload"
@@ -59,8 +56,6 @@ const (
 // between dockerd and RootlessKit meets a fault. What there is each minute, with all containers
 // gone, is also written to build/results/soak.json.
 func TestSoak(t *testing.T) {
-	root, err := tree.Root()
-	assert.NilError(t, err)
 	socket := stacktest.At(t).RootlessKitSocket()
 	proxy, err := faultproxy.Start(socket)
 	assert.NilError(t, err)
@@ -115,11 +110,7 @@ func TestSoak(t *testing.T) {
 		assert.NilError(t, err)
 		assert.Assert(t, report.Churned > 0, "the host did not churn")
 	}
-	report, err := json.MarshalIndent(samples, "", "  ")
-	assert.NilError(t, err)
-	dir := filepath.Join(root, "build", "results")
-	assert.NilError(t, os.MkdirAll(dir, 0o755))
-	assert.NilError(t, os.WriteFile(filepath.Join(dir, "soak.json"), append(report, '\n'), 0o644))
+	stacktest.WriteResults(t, "soak.json", samples)
 	wrong := Verdict(samples[0], samples[len(samples)-1])
 	for _, w := range wrong {
 		t.Error(w)

@@ -8,6 +8,7 @@ package stacktest
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -255,6 +256,24 @@ func AssertAnswers(t *testing.T, network string, at netip.AddrPort, id string) {
 		return poll.Success()
 	})
 	assert.Assert(t, strings.HasSuffix(answer, id[:12]+"\n"), "%s %v answered %q, want %s", network, at, answer, id[:12])
+}
+
+// WriteResults keeps what a test has seen in build/results, as JSON.
+func WriteResults(t *testing.T, name string, results any) {
+	t.Helper()
+	report, err := json.MarshalIndent(results, "", "  ")
+	assert.NilError(t, err)
+	WriteText(t, name, string(report))
+}
+
+// WriteText is [WriteResults] for what people read; it ends the last line.
+func WriteText(t *testing.T, name, text string) {
+	t.Helper()
+	root, err := tree.Root()
+	assert.NilError(t, err)
+	dir := filepath.Join(root, "build", "results")
+	assert.NilError(t, os.MkdirAll(dir, 0o755))
+	assert.NilError(t, os.WriteFile(filepath.Join(dir, name), []byte(strings.TrimRight(text, "\n")+"\n"), 0o644))
 }
 
 var lostLine = regexp.MustCompile(`level=warning msg="RootlessKit's answer was lost.* hostIP="?([^" ]+)"? .*port=(\d+) proto=(\w+)`)
