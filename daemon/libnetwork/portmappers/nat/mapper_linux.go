@@ -19,7 +19,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 
 	"github.com/moby/moby/v2/daemon/libnetwork/portallocator"
 	"github.com/moby/moby/v2/daemon/libnetwork/portmapperapi"
@@ -163,45 +162,6 @@ func releaseReservation(pb portmapperapi.PortBinding) {
 	if !sharedPorts.leave(pb) {
 		portallocator.Get().ReleasePort(pb.ChildHostIP, pb.Proto.String(), int(pb.HostPort))
 	}
-}
-
-// sharedPorts has the child ports that more than one binding shares: what one
-// of them still forwards to is no other container's.
-var sharedPorts = portSharing{others: map[childPort]int{}}
-
-type portSharing struct {
-	mu     sync.Mutex
-	others map[childPort]int // others counts the bindings but one.
-}
-
-type childPort struct {
-	proto types.Protocol
-	at    netip.AddrPort
-}
-
-func childPortOf(pb portmapperapi.PortBinding) childPort {
-	return childPort{pb.Proto, netip.AddrPortFrom(addrOf(pb.ChildHostIP), pb.HostPort)}
-}
-
-// join takes note of a binding that shares another one's child port.
-func (s *portSharing) join(pb portmapperapi.PortBinding) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.others[childPortOf(pb)]++
-}
-
-// leave tells whether other bindings still share pb's child port.
-func (s *portSharing) leave(pb portmapperapi.PortBinding) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	p := childPortOf(pb)
-	if s.others[p] == 0 {
-		return false
-	}
-	if s.others[p]--; s.others[p] == 0 {
-		delete(s.others, p)
-	}
-	return true
 }
 
 // hasPortDriver tells whether there's a port driver to ask. There is none in
