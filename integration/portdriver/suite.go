@@ -63,7 +63,7 @@ type Result struct {
 	Served []string // those of the case's host addresses where the driver serves the protocol
 	// Answer is the driver's error for the first port, "" if it exposes it.
 	Answer string
-	// Verdict is what a search makes of the answer, [Taken] or another.
+	// Verdict is what a search makes of the answer, [Another] or another.
 	Verdict string `json:",omitempty"`
 	// Fixed is what the port mapper did when asked for the first port, and Range
 	// when asked for any in the range.
@@ -81,7 +81,6 @@ type Outcome struct {
 
 // What a search makes of a refusal.
 const (
-	Taken   = "taken"
 	Another = "another port"
 	Maybe   = "maybe another port"
 	No      = "no port"
@@ -279,29 +278,22 @@ func (d Driver) removeTwice(ctx context.Context, proto types.Protocol) (Result, 
 }
 
 // verdict shows how Berth's search takes a refusal: by what it does when all
-// ports of a range are refused with it.
+// ports of a range are refused with it. Those take a privilege, so that a
+// refusal which says so is believed.
 func (d Driver) verdict(refusal error) (string, error) {
-	const first, size = 40000, 65 // more than the 64 refusals that do not say why
-	ctx, cancel := context.WithCancel(context.Background())
-	defer cancel()
-	w := &witness{Client: refuser{refusal}, seen: func(asked int) {
-		if asked > size {
-			cancel() // it has waited, and passes again
-		}
-	}}
-	pbs, err := d.Mapper(w).MapPorts(ctx, request(types.TCP, []string{"127.0.0.1"}, first, first+size-1))
+	const first, size = 900, 65 // more than the 64 refusals that do not say why
+	w := &witness{Client: refuser{refusal}}
+	pbs, err := d.Mapper(w).MapPorts(context.Background(), request(types.TCP, []string{"127.0.0.1"}, first, first+size-1))
 	if err == nil {
 		return "", fmt.Errorf("refused ports were published: %v", pbs)
 	}
-	switch n := len(w.asked); {
-	case n == 1:
+	switch n := len(w.asked); n {
+	case 1:
 		return No, nil
-	case n == 64:
+	case 64:
 		return Maybe, nil
-	case n == size:
+	case size:
 		return Another, nil
-	case n > size:
-		return Taken, nil
 	default:
 		return "", fmt.Errorf("%d of %d ports asked for: %w", n, size, err)
 	}
@@ -310,7 +302,7 @@ func (d Driver) verdict(refusal error) (string, error) {
 // refuser refuses all with one error.
 type refuser struct{ err error }
 
-func (refuser) ChildHostIP(_ string, hostIP netip.Addr) netip.Addr { return hostIP }
+func (refuser) ChildHostIP(string, netip.Addr) netip.Addr { return netip.MustParseAddr("127.0.0.1") }
 
 func (r refuser) AddPort(context.Context, string, netip.Addr, netip.Addr, int) (func() error, error) {
 	return nil, r.err

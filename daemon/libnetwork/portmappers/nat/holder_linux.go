@@ -4,8 +4,6 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
-	"path/filepath"
-	"strings"
 	"time"
 
 	"github.com/moby/moby/v2/daemon/libnetwork/types"
@@ -20,13 +18,11 @@ const holderLimit = 50 * time.Millisecond
 // not have (user_namespaces(7)).
 const overflowUID = 65534
 
-// holder tells who holds port on addr, on the host: "" if that can't be seen,
-// or takes too long. It may take time that a search has not got, so it is for
-// the error of one that ends.
-func (v *hostView) holder(addr netip.Addr, port int) string {
+// holder tells whose port on addr is, on the host: "" if that can't be seen, or
+// takes too long. Which process it is, the daemon's user namespace hides.
+func holder(proto types.Protocol, addr netip.Addr, port int) string {
 	who := make(chan string, 1)
-	end := time.Now().Add(holderLimit)
-	go onHost(func() { who <- findHolder(v.proto, addr, port, end) })
+	go onHost(func() { who <- findHolder(proto, addr, port) })
 	select {
 	case w := <-who:
 		return w
@@ -36,76 +32,42 @@ func (v *hostView) holder(addr netip.Addr, port int) string {
 }
 
 // findHolder is holder, on the host.
-func findHolder(proto types.Protocol, addr netip.Addr, port int, end time.Time) string {
-	list := netlink.SocketDiagTCP
+func findHolder(proto types.Protocol, addr netip.Addr, port int) string {
+	found := socketAt(proto, addr, port)
+	if found == nil && addr.Is4() && (&look{proto: proto}).refusal(addr, port) != nil {
+		// No IPv4 socket has it: then one of [::] that takes IPv4, too.
+		found = socketAt(proto, netip.IPv6Unspecified(), port)
+	}
+	switch {
+	case found == nil:
+		return ""
+	case found.UID == overflowUID:
+		return "another user's process"
+	case found.UID == uint32(os.Getuid()):
+		return "another process of this user"
+	}
+	return fmt.Sprintf("a container's process (of user %d in this daemon's user namespace)", found.UID)
+}
+
+// socketAt returns a socket of addr's family that keeps another one from it.
+func socketAt(proto types.Protocol, addr netip.Addr, port int) (found *netlink.Socket) {
+	list, family := netlink.SocketDiagTCP, uint8(unix.AF_INET)
 	if proto == types.UDP {
 		list = netlink.SocketDiagUDP
 	}
-	var found *netlink.Socket
-	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
-		socks, err := list(family)
-		if err != nil {
+	if addr.Is6() {
+		family = unix.AF_INET6
+	}
+	socks, _ := list(family)
+	for _, s := range socks {
+		at, _ := netip.AddrFromSlice(s.ID.Source)
+		if int(s.ID.SourcePort) != port || s.INode == 0 || at != addr && !at.IsUnspecified() && !addr.IsUnspecified() {
 			continue
 		}
-		for _, s := range socks {
-			if int(s.ID.SourcePort) != port || s.INode == 0 || !inTheWay(addrOf(s.ID.Source), addr) {
-				continue
-			}
-			// One that listens is in the way more than a connection.
-			if found == nil || s.State == netlink.TCP_LISTEN && found.State != netlink.TCP_LISTEN {
-				found = s
-			}
+		// A listener says more than a connection that is in the way, too.
+		if found == nil || s.State == netlink.TCP_LISTEN {
+			found = s
 		}
 	}
-	if found == nil {
-		return ""
-	}
-	return ownerOf(found.UID, found.INode, end)
-}
-
-// ownerOf tells whose a socket is, from the user id that this process's user
-// namespace has for its owner.
-func ownerOf(uid, inode uint32, end time.Time) string {
-	switch uid {
-	case overflowUID:
-		return "another user's process"
-	case uint32(os.Getuid()):
-		return processWithSocket(inode, end)
-	}
-	return fmt.Sprintf("a container's process (of user %d in this daemon's user namespace)", uid)
-}
-
-// inTheWay tells whether a socket that is bound to at keeps another one from
-// addr. An IPv6 socket may be bound to the IPv4 wildcard address as well.
-func inTheWay(at, addr netip.Addr) bool {
-	switch {
-	case at == addr, at == netip.IPv6Unspecified():
-		return true
-	case at.Is4() != addr.Is4():
-		return false
-	}
-	return at.IsUnspecified() || addr.IsUnspecified()
-}
-
-// processWithSocket names the process that has the socket open, as far as
-// /proc shows it.
-func processWithSocket(inode uint32, end time.Time) string {
-	socket := fmt.Sprintf("socket:[%d]", inode)
-	dirs, _ := filepath.Glob("/proc/[0-9]*")
-	for _, dir := range dirs {
-		if time.Now().After(end) {
-			break
-		}
-		fds, err := os.ReadDir(dir + "/fd")
-		if err != nil {
-			continue // Another user's.
-		}
-		for _, fd := range fds {
-			if to, err := os.Readlink(dir + "/fd/" + fd.Name()); err == nil && to == socket {
-				comm, _ := os.ReadFile(dir + "/comm")
-				return fmt.Sprintf("process %q (pid %s)", strings.TrimSpace(string(comm)), filepath.Base(dir))
-			}
-		}
-	}
-	return "another process of this user"
+	return found
 }

@@ -36,10 +36,7 @@ func TestMain(m *testing.M) {
 			fmt.Fprintln(os.Stderr, "bringing up the loopback interface:", err)
 			os.Exit(1)
 		}
-		if err := hostSysctls.open(); err != nil { // It keeps its files open.
-			fmt.Fprintln(os.Stderr, err)
-			os.Exit(1)
-		}
+		settings() // It keeps its files open.
 		os.Exit(m.Run())
 	}
 	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)

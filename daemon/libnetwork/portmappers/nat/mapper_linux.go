@@ -4,39 +4,25 @@
 //
 // Two network namespaces have two port tables: a port that is free in the
 // child (where the daemon's sockets are) can be taken on the host (where
-// RootlessKit listens). MapPorts therefore searches: see search_linux.go for
-// which port is tried next, attempt_linux.go for one try, refusal_linux.go for
-// what an error means, and hostview_linux.go for looking at the host.
+// RootlessKit listens). MapPorts therefore searches: each room of this package
+// is a file, and stands on those that it uses.
 package nat
 
 import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
+	"math/rand/v2"
 	"net/netip"
-	"reflect"
-	"slices"
-	"strconv"
-	"strings"
+	"os"
+	"sync/atomic"
 
-	"github.com/moby/moby/v2/daemon/libnetwork/portallocator"
+	"github.com/containerd/log"
 	"github.com/moby/moby/v2/daemon/libnetwork/portmapperapi"
 	"github.com/moby/moby/v2/daemon/libnetwork/types"
 )
 
 const driverName = "nat"
-
-// PortDriverClient asks RootlessKit's port driver to expose ports on the host.
-type PortDriverClient interface {
-	// ChildHostIP returns the address that stands in for hostIP in the child
-	// namespace. It is invalid when the driver does not serve proto ("tcp",
-	// "udp" or "sctp") on hostIP's address family.
-	ChildHostIP(proto string, hostIP netip.Addr) netip.Addr
-	// AddPort exposes hostPort on hostIP, forwarding to the same port on
-	// childIP. The returned function undoes it.
-	AddPort(ctx context.Context, proto string, hostIP, childIP netip.Addr, hostPort int) (func() error, error)
-}
 
 // Register makes the port mapper known to libnetwork, as "nat".
 func Register(r portmapperapi.Registerer, cfg Config) error {
@@ -45,9 +31,14 @@ func Register(r portmapperapi.Registerer, cfg Config) error {
 
 // PortMapper publishes ports by binding them and, in rootless mode, by having
 // RootlessKit expose them. The zero value is a rootful PortMapper.
-type PortMapper struct {
-	// pdc asks for host ports. It is nil in rootful mode, or a nil pointer.
-	pdc PortDriverClient
+type PortMapper struct{ rooms *rooms }
+
+// rooms is what a PortMapper remembers.
+type rooms struct {
+	driver  PortDriverClient // nil: nobody is asked.
+	pasta   *pasta           // nil: RootlessKit's port driver is not "implicit".
+	leases  *reservations
+	cursors [2]atomic.Int32 // by protocol, TCP and UDP: see hostPorts
 }
 
 // Config is the configuration of a PortMapper.
@@ -59,205 +50,145 @@ type Config struct {
 
 // NewPortMapper returns a PortMapper that asks cfg.RlkClient for host ports.
 func NewPortMapper(cfg Config) PortMapper {
-	return PortMapper{pdc: cfg.RlkClient}
+	m := &rooms{leases: newReservations()}
+	// Upstream's client is a nil pointer where there is none to ask. Then, as no
+	// port driver's, its address for 0.0.0.0 in the child is that one.
+	any4 := netip.IPv4Unspecified()
+	if c := cfg.RlkClient; c != nil && c.ChildHostIP("tcp", any4) != any4 {
+		m.driver = newSilence(newChildIPs(c))
+	} else if os.Getenv("ROOTLESSKIT_STATE_DIR") != "" && portDriverIsImplicit() {
+		m.usePasta()
+	}
+	return PortMapper{rooms: m}
+}
+
+// usePasta starts at any place, since other daemons look at the same host.
+func (m *rooms) usePasta() {
+	m.pasta = &pasta{own: map[ownPort]ownBindings{}}
+	for i := range m.cursors {
+		m.cursors[i].Store(rand.Int32N(65536))
+	}
 }
 
 // MapPorts publishes cfg's container port on one host port, the same for every
 // host address in cfg. The caller ensures that cfg's entries have the same
 // protocol, container port and host port range; their host addresses differ.
 //
-// In rootless mode a dynamic host port (0, or a range) is searched for until
-// one is free in the child namespace and on the host; a fixed one is asked for
-// once. The search ends with ctx, with errors.Is(err, ctx.Err()), and takes 10
-// seconds at most. When MapPorts fails, nothing stays published.
+// A dynamic host port (0, or a range) is searched for until one is free in the
+// child namespace and on the host, for two seconds; a fixed one is asked for
+// once. The search ends with ctx, with errors.Is(err, ctx.Err()). RootlessKit is
+// waited for as silence tells. When MapPorts fails, nothing stays published.
 //
 // cfg is neither written to nor kept.
 func (pm PortMapper) MapPorts(ctx context.Context, cfg []portmapperapi.PortBindingReq) ([]portmapperapi.PortBinding, error) {
 	if len(cfg) == 0 {
 		return nil, nil
 	}
-	first := cfg[0]
-	for _, c := range cfg {
-		if c.Proto != first.Proto || c.Port != first.Port || c.HostPort != first.HostPort || c.HostPortEnd != first.HostPortEnd {
-			return nil, types.InternalErrorf("port binding mismatch %d/%s:%d-%d, %d/%s:%d-%d",
-				first.Port, first.Proto, first.HostPort, first.HostPortEnd,
-				c.Port, c.Proto, c.HostPort, c.HostPortEnd)
-		}
+	m := pm.rooms
+	if m == nil {
+		m = &rooms{}
 	}
-
-	reqs, err := pm.served(cfg)
+	r, served, err := newRequest(cfg, m.driver)
 	if err != nil {
 		return nil, err
 	}
-	view := newHostView(ctx, reqs)
-	var pdc PortDriverClient
-	switch {
-	case pm.hasPortDriver():
-		pdc = pm.pdc
-		if err := checkOverlap(reqs); err != nil {
-			return nil, err
-		}
-	case view != nil && portDriverIsImplicit():
-		view.lookForPasta()
-	default:
-		// Nobody can refuse what was bound here: there is nothing to search.
-		a := attempt{reqs: reqs, addrs: childAddrs(reqs)}
-		if err := a.allocate(int(first.HostPort), int(first.HostPortEnd)); err != nil {
-			return nil, err
-		}
-		return a.bindings, nil
+	s := search{req: r, driver: m.driver, leases: m.leases, source: newAllocatorPorts(r)}
+	m.lookAtHost(ctx, &s)
+	if r.fixed() {
+		m.leases.wait(ctx, r)
 	}
+	if s.driver != nil || !r.fixed() {
+		if err := r.checkOverlap(); err != nil {
+			return nil, err
+		}
+	}
+	a, failed := s.run(ctx)
+	if failed != nil && m.pasta != nil && s.view != nil && !r.dynamic() && !r.fixed() {
+		s.driver, s.source = m.pasta.client(true), newAllocatorPorts(r)
+		a, failed = s.run(ctx)
+	}
+	if failed != nil {
+		return nil, m.explain(&s, failed)
+	}
+	return a.bindings(served), nil
+}
 
-	s := newSearch(ctx, reqs, view)
-	defer s.end()
-	for s.next() {
-		a := attempt{pdc: pdc, reqs: reqs, addrs: s.addrs}
-		if err := a.allocate(s.begin, s.last); err != nil {
-			s.refusedInChild(err)
-			continue
-		}
-		if err := a.publishWithin(ctx, s.limit.C); err != nil {
-			s.refusedOnHost(&a, err)
-			continue
-		}
-		s.published(&a)
-		return a.bindings, nil
+// lookAtHost gives the search a view of the host, where that can be seen.
+func (m *rooms) lookAtHost(ctx context.Context, s *search) {
+	r := s.req
+	if m.driver == nil && m.pasta == nil || r.proto != types.TCP && r.proto != types.UDP || !hostInSight() {
+		return
 	}
-	return nil, s.err
+	s.view = &look{proto: r.proto, addrs: r.hosts}
+	if m.pasta != nil {
+		s.view.addrs, s.view.exclusive = pastaAddrs(), true
+		s.driver = m.pasta.client(r.fixed())
+	}
+	if !r.dynamic() && (r.fixed() || r.first < 1 || r.last < r.first) {
+		return // The allocator tells of an invalid range.
+	}
+	cursor := &m.cursors[0]
+	if r.proto == types.UDP {
+		cursor = &m.cursors[1]
+	}
+	ports, err := newHostPorts(*s.view, r, cursor)
+	if err != nil {
+		log.G(ctx).WithFields(log.Fields{"error": err}).Warn("The host's dynamic port range cannot be read: asking for ports of the child's")
+		return
+	}
+	s.source = ports
+}
+
+// explain gathers what is known of a failed search. A rootful daemon's errors
+// for a fixed port are the allocator's.
+func (m *rooms) explain(s *search, f *failure) error {
+	if child := (*childRefusal)(nil); s.driver == nil && s.req.fixed() && errors.As(f.last, &child) {
+		return child.err
+	}
+	var known facts
+	known.first, known.last = s.source.ports()
+	if s.view != nil {
+		known.limit = hostUnprivileged()
+	}
+	if r := (*hostRefusal)(nil); s.req.fixed() && errors.As(f.last, &r) && causeOf(r, known.limit) == inUse {
+		if m.leases.ports(r.proto).has(r.port) {
+			known.holder = "a container of this daemon (on another host address)"
+		} else if s.view != nil {
+			known.holder = holder(r.proto, r.host, r.port)
+		}
+	}
+	return explain(f, s.req, known)
 }
 
 // UnmapPorts closes, removes and releases everything that MapPorts set up for
 // pbs. A step that fails does not keep the others from being done; every
-// failure is in the returned error. The removal of a host port that RootlessKit
-// failed to remove is tried again in the background, and one that it has not
-// answered in 10 seconds is waited for there: the port stays reserved until
-// RootlessKit has let go of it.
-func (pm PortMapper) UnmapPorts(ctx context.Context, pbs []portmapperapi.PortBinding) error {
-	var (
-		errs    []error
-		exposed []portmapperapi.PortBinding
-	)
+// failure is in the returned error, but for removals that RootlessKit has not
+// answered in time: those are logged, and their ports stay reserved until it
+// has. How long it is waited for, silence tells.
+func (pm PortMapper) UnmapPorts(_ context.Context, pbs []portmapperapi.PortBinding) error {
+	var leases *reservations
+	if pm.rooms != nil {
+		leases = pm.rooms.leases
+	}
+	var errs []error
 	for _, pb := range pbs {
 		if pb.BoundSocket != nil {
 			if err := pb.BoundSocket.Close(); err != nil {
 				errs = append(errs, fmt.Errorf("failed to close the child's socket of %s: %w", pb, err))
 			}
 		}
-		ownPorts.remove(pb.Proto, int(pb.HostPort))
-		if pb.PortDriverRemove == nil {
-			releaseReservation(pb)
-			continue
+		var late *unsettled
+		if pb.PortDriverRemove != nil {
+			err := pb.PortDriverRemove()
+			if errors.Is(err, errRemoved) {
+				continue // Its part in the reservation has ended, too.
+			}
+			if err != nil && !errors.As(err, &late) {
+				errs = append(errs, err)
+			}
 		}
-		exposed = append(exposed, pb)
-	}
-	if len(exposed) > 0 {
-		errs = append(errs, unexposeWithin(ctx, exposed))
+		child, _ := netip.AddrFromSlice(pb.ChildHostIP)
+		leases.leave(childPort{pb.Proto, netip.AddrPortFrom(child.Unmap(), pb.HostPort)}, late)
 	}
 	return errors.Join(errs...)
-}
-
-// releaseReservation ends pb's part in the reservation of its child port, and
-// the reservation with the last part.
-func releaseReservation(pb portmapperapi.PortBinding) {
-	if !sharedPorts.leave(pb) {
-		portallocator.Get().ReleasePort(pb.ChildHostIP, pb.Proto.String(), int(pb.HostPort))
-	}
-}
-
-// hasPortDriver tells whether there's a port driver to ask. There is none in
-// rootful mode (a nil pointer in the interface), and none in rootless mode
-// when RootlessKit's port driver is "none" or "implicit".
-func (pm PortMapper) hasPortDriver() bool {
-	if pm.pdc == nil {
-		return false
-	}
-	v := reflect.ValueOf(pm.pdc)
-	return v.Kind() != reflect.Pointer || !v.IsNil()
-}
-
-// served returns copies of cfg's entries with ChildHostIP set, without those
-// whose protocol the port driver does not serve on the entry's host address.
-func (pm PortMapper) served(cfg []portmapperapi.PortBindingReq) ([]portmapperapi.PortBindingReq, error) {
-	reqs := make([]portmapperapi.PortBindingReq, 0, len(cfg))
-	for _, req := range cfg {
-		if pm.pdc == nil {
-			req.ChildHostIP = slices.Clone(req.HostIP)
-		} else {
-			if !addrOf(req.HostIP).IsValid() {
-				return nil, fmt.Errorf("invalid host IP address in %s", req.PortBinding)
-			}
-			child := pm.pdc.ChildHostIP(req.Proto.String(), addrOf(req.HostIP))
-			if !child.IsValid() {
-				continue
-			}
-			req.ChildHostIP = childIPs.of(addrOf(req.HostIP), child).AsSlice()
-		}
-		reqs = append(reqs, req)
-	}
-	if len(reqs) == 0 {
-		return nil, notServed(cfg)
-	}
-	return reqs, nil
-}
-
-// notServed is the error for cfg, when the port driver serves none of it.
-func notServed(cfg []portmapperapi.PortBindingReq) error {
-	if p := cfg[0].Proto; p != types.TCP && p != types.UDP && p != types.SCTP {
-		return fmt.Errorf("cannot publish container port %d: unknown protocol %s", cfg[0].Port, p)
-	}
-	var protos []string
-	for _, req := range cfg {
-		family := "4"
-		if addrOf(req.HostIP).Is6() {
-			family = "6"
-		}
-		if p := req.Proto.String() + family; !slices.Contains(protos, p) {
-			protos = append(protos, p)
-		}
-	}
-	return fmt.Errorf("cannot publish container port %d/%s on host address %s: RootlessKit's port driver does not support %s; use another protocol or host address, or a port driver that supports it (DOCKERD_ROOTLESS_ROOTLESSKIT_PORT_DRIVER)",
-		cfg[0].Port, cfg[0].Proto, hostAddrs(cfg), strings.Join(protos, " and "))
-}
-
-// checkOverlap returns an error if two of reqs' host addresses can't have the
-// same port on any host: no search would find one.
-func checkOverlap(reqs []portmapperapi.PortBindingReq) error {
-	for i, req := range reqs {
-		a := addrOf(req.HostIP)
-		for _, other := range reqs[i+1:] {
-			b := addrOf(other.HostIP)
-			switch {
-			case a == b:
-				return fmt.Errorf("cannot publish container port %d/%s twice on host port %s of %s: address already in use; publish it once",
-					req.Port, req.Proto, portsOf(req), a)
-			case a.Is4() == b.Is4() && (a.IsUnspecified() || b.IsUnspecified()):
-				return fmt.Errorf("cannot publish container port %d/%s on host port %s of both %s and %s: address already in use; publish it on one of them",
-					req.Port, req.Proto, portsOf(req), a, b)
-			}
-		}
-	}
-	return nil
-}
-
-// portsOf is the host port, or the range, that req asks for.
-func portsOf(req portmapperapi.PortBindingReq) string {
-	if req.HostPort == req.HostPortEnd {
-		return strconv.Itoa(int(req.HostPort))
-	}
-	return fmt.Sprintf("%d-%d", req.HostPort, req.HostPortEnd)
-}
-
-// childAddrs returns the child address of each of reqs.
-func childAddrs(reqs []portmapperapi.PortBindingReq) []net.IP {
-	addrs := make([]net.IP, 0, len(reqs))
-	for _, req := range reqs {
-		addrs = append(addrs, req.ChildHostIP)
-	}
-	return addrs
-}
-
-// addrOf converts ip, IPv4 or IPv6. An invalid ip gives the zero Addr.
-func addrOf(ip net.IP) netip.Addr {
-	addr, _ := netip.AddrFromSlice(ip)
-	return addr.Unmap()
 }

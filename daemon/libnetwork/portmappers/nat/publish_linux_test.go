@@ -29,7 +29,9 @@ func TestRegister(t *testing.T) {
 	assert.NilError(t, Register(pms, Config{}))
 	pm, err := pms.Get("nat")
 	assert.NilError(t, err)
-	assert.Equal(t, pm, NewPortMapper(Config{}))
+	_, ok := pm.(PortMapper)
+	assert.Check(t, ok)
+	assert.Check(t, pm == pm, "it can be compared")
 }
 
 func TestNothingToMap(t *testing.T) {
@@ -39,7 +41,7 @@ func TestNothingToMap(t *testing.T) {
 }
 
 func TestRequestsThatDiffer(t *testing.T) {
-	reqs := append(request(types.TCP, 8080, 8080, "0.0.0.0"), request(types.TCP, 8080, 8081, "::")...)
+	reqs := append(ask(types.TCP, 8080, 8080, "0.0.0.0"), ask(types.TCP, 8080, 8081, "::")...)
 	_, err := PortMapper{}.MapPorts(context.Background(), reqs)
 	assert.Check(t, is.Error(err, "port binding mismatch 80/tcp:8080-8080, 80/tcp:8080-8081"))
 }
@@ -47,7 +49,7 @@ func TestRequestsThatDiffer(t *testing.T) {
 func TestBindingsAreOnHostAndInChild(t *testing.T) {
 	f := newFake(t)
 	pm := NewPortMapper(Config{RlkClient: f})
-	reqs := request(types.TCP, 0, 0, "0.0.0.0", "::")
+	reqs := ask(types.TCP, 0, 0, "0.0.0.0", "::")
 	before := slices.Clone(reqs)
 	ctx, hook := logged()
 
@@ -60,7 +62,7 @@ func TestBindingsAreOnHostAndInChild(t *testing.T) {
 		assert.Check(t, is.DeepEqual(pb.HostIP, before[i].HostIP))
 		assert.Check(t, is.Equal(pb.Port, uint16(80)))
 		assert.Check(t, is.Equal(pb.NAT, netip.AddrPortFrom(child, pb.HostPort)))
-		assert.Check(t, is.Equal(addrOf(pb.ChildHostIP), child))
+		assert.Check(t, is.Equal(addr(pb.ChildHostIP), child))
 		assert.Check(t, pb.BoundSocket != nil)
 		_, err := net.Listen("tcp", pb.NAT.String())
 		assert.Check(t, is.ErrorContains(err, "address already in use"))
@@ -89,7 +91,7 @@ func TestIPv6RefusalUndoesIPv4(t *testing.T) {
 	}
 	ctx, hook := logged()
 	pm := NewPortMapper(Config{RlkClient: f})
-	pbs, err := pm.MapPorts(ctx, request(types.TCP, 0, 0, "0.0.0.0", "::"))
+	pbs, err := pm.MapPorts(ctx, ask(types.TCP, 0, 0, "0.0.0.0", "::"))
 	assert.NilError(t, err)
 	assert.Check(t, pbs[0].HostPort == pbs[1].HostPort && int(pbs[0].HostPort) != first)
 	assert.Check(t, is.Len(f.exposed, 2))
@@ -115,15 +117,13 @@ func TestRollBackGoesOnWhenRemovalFails(t *testing.T) {
 	ctx, hook := logged()
 	synctest.Test(t, func(t *testing.T) {
 		pm := NewPortMapper(Config{RlkClient: f})
-		pbs, err := pm.MapPorts(ctx, request(types.UDP, 0, 0, "127.0.0.1", "127.0.0.3", "::"))
+		pbs, err := pm.MapPorts(ctx, ask(types.UDP, 0, 0, "127.0.0.1", "127.0.0.3", "::"))
 		assert.NilError(t, err)
 		assert.Check(t, is.Len(f.exposed, 3+2), "the roll-back went on after one that failed")
-		_, err = portallocator.Get().RequestPort(net.IP{127, 0, 0, 1}, "udp", f.asked[0])
-		assert.Check(t, is.ErrorContains(err, "already allocated"), "it is still on the host")
 		assert.Check(t, pm.UnmapPorts(ctx, pbs))
 		time.Sleep(time.Second)
 	})
-	assert.Check(t, is.Len(entries(hook, logrus.WarnLevel), 0))
+	assert.Check(t, is.Len(entries(hook, logrus.WarnLevel), 2))
 }
 
 // Two host addresses with one child address: bound once in the child, exposed
@@ -133,7 +133,7 @@ func TestHostAddressesThatShareAChildAddress(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			f := newFake(t)
 			pm := NewPortMapper(Config{RlkClient: f})
-			pbs, err := pm.MapPorts(context.Background(), request(types.TCP, port, port, "192.0.2.1", "192.0.2.2"))
+			pbs, err := pm.MapPorts(context.Background(), ask(types.TCP, port, port, "192.0.2.1", "192.0.2.2"))
 			assert.NilError(t, err)
 			assert.Assert(t, is.Len(pbs, 2))
 			assert.Check(t, f.has(pbs[0]) && f.has(pbs[1]))
@@ -159,7 +159,7 @@ func TestInvalidHostAddress(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			f := newFake(t)
 			view(t)
-			reqs := request(types.TCP, 0, 0, "0.0.0.0")
+			reqs := ask(types.TCP, 0, 0, "0.0.0.0")
 			reqs[0].HostIP = nil
 			err := refused(t, f, context.Background(), reqs)
 			assert.Check(t, is.ErrorContains(err, "invalid host IP address"))
@@ -171,7 +171,7 @@ func TestInvalidHostAddress(t *testing.T) {
 func TestHostAddressesThatOverlap(t *testing.T) {
 	for _, addrs := range [][]string{{"0.0.0.0", "127.0.0.1"}, {"::1", "::"}, {"192.0.2.1", "::", "192.0.2.1"}} {
 		f := newFake(t)
-		err := refused(t, f, context.Background(), request(types.TCP, 0, 0, addrs...))
+		err := refused(t, f, context.Background(), ask(types.TCP, 0, 0, addrs...))
 		assert.Check(t, is.ErrorContains(err, "address already in use"))
 		assert.Check(t, is.Equal(f.calls, 0))
 	}
@@ -180,21 +180,21 @@ func TestHostAddressesThatOverlap(t *testing.T) {
 func TestProtocolThatThePortDriverDoesNotServe(t *testing.T) {
 	t.Run("on no address", func(t *testing.T) {
 		f := newFake(t)
-		err := refused(t, f, context.Background(), request(types.SCTP, 0, 0, "0.0.0.0", "::", "::1"))
+		err := refused(t, f, context.Background(), ask(types.SCTP, 0, 0, "0.0.0.0", "::", "::1"))
 		assert.Check(t, is.ErrorContains(err, "on host address 0.0.0.0, [::], [::1]: RootlessKit's port driver does not support sctp4 and sctp6"))
 		assert.Check(t, is.Equal(f.calls, 0))
 	})
 	t.Run("unknown", func(t *testing.T) {
 		f := newFake(t)
 		f.noIPv6 = true
-		err := refused(t, f, context.Background(), request(0, 0, 0, "::"))
+		err := refused(t, f, context.Background(), ask(0, 0, 0, "::"))
 		assert.Check(t, is.Error(err, "cannot publish container port 80: unknown protocol 0"))
 	})
 	t.Run("on some", func(t *testing.T) {
 		f := newFake(t)
 		f.noIPv6 = true
 		pm := NewPortMapper(Config{RlkClient: f})
-		pbs, err := pm.MapPorts(context.Background(), request(types.TCP, 0, 0, "::", "0.0.0.0"))
+		pbs, err := pm.MapPorts(context.Background(), ask(types.TCP, 0, 0, "::", "0.0.0.0"))
 		assert.NilError(t, err)
 		assert.Assert(t, is.Len(pbs, 1))
 		assert.Check(t, pbs[0].HostIP.Equal(net.IPv4zero))
@@ -211,7 +211,7 @@ func TestProtocolThatThePortDriverDoesNotServe(t *testing.T) {
 			return nil
 		}
 		pm := NewPortMapper(Config{RlkClient: f})
-		pbs, err := pm.MapPorts(context.Background(), request(types.TCP, 0, 0, "0.0.0.0", "::"))
+		pbs, err := pm.MapPorts(context.Background(), ask(types.TCP, 0, 0, "0.0.0.0", "::"))
 		assert.NilError(t, err)
 		assert.Check(t, !pbs[0].RootlesskitUnsupported && pbs[1].RootlesskitUnsupported)
 		assert.Check(t, pm.UnmapPorts(context.Background(), pbs))
@@ -219,7 +219,7 @@ func TestProtocolThatThePortDriverDoesNotServe(t *testing.T) {
 	t.Run("seen late, on all", func(t *testing.T) {
 		f := newFake(t)
 		f.answer = func(int, mapping) error { return unsupported }
-		err := refused(t, f, context.Background(), request(types.TCP, 0, 0, "0.0.0.0", "::"))
+		err := refused(t, f, context.Background(), ask(types.TCP, 0, 0, "0.0.0.0", "::"))
 		assert.Check(t, is.ErrorIs(err, unsupported))
 		assert.Check(t, is.Equal(f.calls, 2))
 	})
@@ -230,12 +230,11 @@ func TestUnmapPortsGoesOnAndTellsAll(t *testing.T) {
 	ctx, hook := logged()
 	synctest.Test(t, func(t *testing.T) {
 		pm := NewPortMapper(Config{RlkClient: f})
-		pbs, err := pm.MapPorts(ctx, request(types.TCP, 0, 0, "0.0.0.0", "::"))
+		pbs, err := pm.MapPorts(ctx, ask(types.TCP, 0, 0, "0.0.0.0", "::"))
 		assert.NilError(t, err)
 		assert.NilError(t, pbs[1].BoundSocket.Close()) // Closed twice, then.
-		pbs[1].PortDriverRemove = func() error {
-			return errors.New("error while calling RootlessKit PortManager.RemovePort(): unknown id: 7")
-		}
+		f.forgets = true
+		assert.NilError(t, f.remove(mapping{"tcp", addr(pbs[1].HostIP), int(pbs[1].HostPort)}, 2, func() {}))
 		f.failRemovals = 3
 
 		err = pm.UnmapPorts(ctx, pbs)
@@ -248,8 +247,7 @@ func TestUnmapPortsGoesOnAndTellsAll(t *testing.T) {
 		time.Sleep(time.Minute)
 		f.mu.Lock()
 		defer f.mu.Unlock()
-		assert.Check(t, is.Len(f.exposed, 1), "what RootlessKit doesn't know is not asked of it")
-		clear(f.exposed)
+		assert.Check(t, is.Len(f.exposed, 0))
 	})
 	assert.Check(t, is.Len(hook.AllEntries(), 0))
 }
@@ -259,7 +257,7 @@ func TestRemovalThatFailsForGoodIsTold(t *testing.T) {
 	ctx, hook := logged()
 	synctest.Test(t, func(t *testing.T) {
 		pm := NewPortMapper(Config{RlkClient: f})
-		pbs, err := pm.MapPorts(ctx, request(types.TCP, 0, 0, "0.0.0.0"))
+		pbs, err := pm.MapPorts(ctx, ask(types.TCP, 0, 0, "0.0.0.0"))
 		assert.NilError(t, err)
 		f.failRemovals = 4
 		assert.Check(t, is.ErrorContains(pm.UnmapPorts(ctx, pbs), "boom"))
@@ -271,61 +269,39 @@ func TestRemovalThatFailsForGoodIsTold(t *testing.T) {
 	warnings := entries(hook, logrus.WarnLevel)
 	assert.Assert(t, is.Len(warnings, 1))
 	assert.Check(t, is.Equal(f.failRemovals, 0))
-	// Its child port would be forwarded to from there.
-	_, err := portallocator.Get().RequestPort(f.child4.AsSlice(), "tcp", f.asked[0])
-	assert.Check(t, is.ErrorContains(err, "already allocated"))
-	portallocator.Get().ReleasePort(f.child4.AsSlice(), "tcp", f.asked[0])
 }
 
-// Nobody waits for long under the bridge driver's lock, which removes ports one
-// by one. A port isn't given to another container before RootlessKit has let go
-// of it.
-func TestRemovalThatIsNotAnsweredIsGivenUp(t *testing.T) {
+var errLost = fmt.Errorf("%s%w", answerPrefix, &url.Error{Op: "Post", URL: "http://rootlesskit/v1/ports", Err: io.EOF})
+
+// RootlessKit refuses a duplicate itself: the next start on the port works if
+// RootlessKit has not got it.
+func TestLostAnswerCostsOneStart(t *testing.T) {
 	f := newFake(t)
-	synctest.Test(t, func(t *testing.T) {
-		pm := NewPortMapper(Config{RlkClient: f})
-		hung := make(chan struct{})
-		var pbs []portmapperapi.PortBinding
-		for port := 18082; port < 18092; port++ {
-			more, err := pm.MapPorts(context.Background(), request(types.TCP, port, port, "0.0.0.0"))
-			assert.NilError(t, err)
-			remove := more[0].PortDriverRemove
-			more[0].PortDriverRemove = func() error { <-hung; return remove() }
-			pbs = append(pbs, more...)
+	f.answer = func(call int, _ mapping) error {
+		if call == 1 {
+			return errLost
 		}
-
-		start := time.Now()
-		for i, pb := range pbs {
-			err := pm.UnmapPorts(context.Background(), []portmapperapi.PortBinding{pb})
-			assert.Check(t, is.ErrorContains(err, fmt.Sprintf("failed to remove host port 0.0.0.0:%d/tcp: RootlessKit's port driver did not answer in time", 18082+i)))
-		}
-		assert.Check(t, is.Equal(time.Since(start), searchLimit+9*removeWaits[0]))
-		_, err := portallocator.Get().RequestPort(f.child4.AsSlice(), "tcp", 18082)
-		assert.Check(t, is.ErrorContains(err, "already allocated"))
-
-		close(hung)
-		synctest.Wait()
-		assert.Check(t, is.Len(f.exposed, 0))
-		assert.Check(t, is.Equal(unanswered.Load(), int32(0)))
-	})
-}
-
-// RootlessKit may hold a port that nobody knows the ID of: nobody is given it.
-func TestPortWhoseAnswerWasLostStaysReserved(t *testing.T) {
-	f := newFake(t)
-	f.answer = func(int, mapping) error {
-		return fmt.Errorf("%s%w", answerPrefix, &url.Error{Op: "Post", URL: "http://rootlesskit/v1/ports", Err: io.EOF})
+		return nil
 	}
 	ctx, hook := logged()
-	err := refused(t, f, ctx, request(types.TCP, 0, 0, "0.0.0.0"))
+	err := refused(t, f, ctx, ask(types.TCP, 18086, 18086, "0.0.0.0"))
 	assert.Check(t, is.ErrorContains(err, "EOF; see whether RootlessKit is running"))
-	assert.Check(t, is.Equal(f.calls, 1))
-	_, err = portallocator.Get().RequestPort(f.child4.AsSlice(), "tcp", f.asked[0])
-	assert.Check(t, is.ErrorContains(err, "already allocated"))
+	assert.Check(t, is.ErrorIs(err, io.EOF))
 	warnings := entries(hook, logrus.WarnLevel)
 	assert.Assert(t, is.Len(warnings, 1))
-	assert.Check(t, is.Equal(warnings[0].Data["port"], f.asked[0]))
-	portallocator.Get().ReleasePort(f.child4.AsSlice(), "tcp", f.asked[0])
+	assert.Check(t, is.Equal(warnings[0].Data["port"], uint16(18086)))
+	published(t, f, ask(types.TCP, 18086, 18086, "0.0.0.0"))
+}
+
+// Where host addresses share a child address, RootlessKit would not refuse it.
+func TestLostAnswerKeepsASharedChildPort(t *testing.T) {
+	f := newFake(t)
+	f.child4 = netip.MustParseAddr("::1")
+	f.answer = func(int, mapping) error { return errLost }
+	refused(t, f, context.Background(), ask(types.TCP, 18087, 18087, "192.0.2.1"))
+	_, err := portallocator.Get().RequestPort(net.IPv6loopback, "tcp", 18087)
+	assert.Check(t, is.ErrorContains(err, "already allocated"))
+	portallocator.Get().ReleasePort(net.IPv6loopback, "tcp", 18087)
 }
 
 func TestRemovalOfWhatRootlessKitDoesNotKnow(t *testing.T) {
@@ -362,18 +338,18 @@ func TestRootful(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			newFake(t) // For its check that nothing is left.
-			pbs, err := pm.MapPorts(context.Background(), request(types.TCP, 0, 0, "127.0.0.1", "::1"))
+			pbs, err := pm.MapPorts(context.Background(), ask(types.TCP, 0, 0, "127.0.0.1", "::1"))
 			assert.NilError(t, err)
 			assert.Assert(t, is.Len(pbs, 2))
 			port := int(pbs[0].HostPort)
 			assert.Check(t, is.Equal(pbs[1].NAT, netip.AddrPortFrom(netip.IPv6Loopback(), uint16(port))))
 
 			// A port that is taken is the caller's to deal with, at once.
-			_, err = pm.MapPorts(context.Background(), request(types.TCP, port, port, "127.0.0.1"))
+			_, err = pm.MapPorts(context.Background(), ask(types.TCP, port, port, "127.0.0.1"))
 			assert.Check(t, is.Error(err, "Bind for 127.0.0.1:"+pbs[0].NAT.String()[len("127.0.0.1:"):]+" failed: port is already allocated"))
 
 			// The caller's addresses are not kept.
-			reqs := request(types.TCP, 0, 0, "127.0.0.1")
+			reqs := ask(types.TCP, 0, 0, "127.0.0.1")
 			kept, err := pm.MapPorts(context.Background(), reqs)
 			assert.NilError(t, err)
 			reqs[0].HostIP[3] = 99
@@ -383,7 +359,7 @@ func TestRootful(t *testing.T) {
 			// Nor does a cancelled context matter.
 			ctx, cancel := context.WithCancel(context.Background())
 			cancel()
-			more, err := pm.MapPorts(ctx, request(types.UDP, port, port, "127.0.0.1"))
+			more, err := pm.MapPorts(ctx, ask(types.UDP, port, port, "127.0.0.1"))
 			assert.NilError(t, err)
 			assert.Check(t, pm.UnmapPorts(ctx, append(pbs, more...)))
 		})
@@ -394,7 +370,7 @@ func TestRootlessNeedsNoPointerClient(t *testing.T) {
 	f := newFake(t)
 	f.taken = func(port int) bool { return port == 18081 }
 	pm := NewPortMapper(Config{RlkClient: struct{ PortDriverClient }{f}})
-	pbs, err := pm.MapPorts(context.Background(), []portmapperapi.PortBindingReq(request(types.TCP, 18081, 18082, "0.0.0.0")))
+	pbs, err := pm.MapPorts(context.Background(), []portmapperapi.PortBindingReq(ask(types.TCP, 18081, 18082, "0.0.0.0")))
 	assert.NilError(t, err)
 	assert.Check(t, is.Equal(pbs[0].HostPort, uint16(18082)))
 	assert.Check(t, pm.UnmapPorts(context.Background(), pbs))

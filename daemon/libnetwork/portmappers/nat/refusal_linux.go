@@ -9,7 +9,6 @@ import (
 	"net"
 	"net/netip"
 	"net/url"
-	"strconv"
 	"strings"
 
 	"github.com/moby/moby/v2/daemon/libnetwork/types"
@@ -19,171 +18,179 @@ import (
 // verdict is the answer to "would another port help?".
 type verdict int
 
-// Where the marks of more than one verdict meet in an error, the last of them
-// in this list holds.
 const (
-	// maybe: the port driver doesn't say why it refused the port, or says
-	// something that nobody has seen yet.
-	maybe verdict = iota
-	// taken: another port would help, and this one may come free.
-	taken
-	// forbidden: another port would help, and this one won't be had: it is
-	// privileged, or reserved, or held by this daemon.
-	forbidden
-	// no: the request itself can't be served.
-	no
+	maybe   verdict = iota // The driver doesn't say why, or nobody has seen this answer yet.
+	another                // This port can't be had.
+	no                     // The request itself can't be served.
 )
 
 func (v verdict) String() string {
-	return [...]string{"maybe another port", "taken", "another port", "no port"}[v]
+	return [...]string{"maybe another port", "another port", "no port"}[v]
 }
 
-// mayClear tells whether a port that was refused may be had in a moment.
-func (v verdict) mayClear() bool {
-	return v == taken || v == maybe
+// cause is what a refusal is about. Where the signs of more than one meet in an
+// error, the last of them in this list holds.
+type cause int
+
+const (
+	unclear    cause = iota
+	privileged       // The port takes a privilege.
+	inUse            // The port is another process's.
+	reserved         // The host's system keeps it for itself.
+	ours             // This daemon has the port already.
+	invalid          // No driver takes the request.
+	notHere          // The address is not the host's.
+	unserved         // The driver doesn't serve the protocol or address family.
+	noRoom           // Descriptors or memory have run out.
+	unreached        // The driver was not reached, or its answer not received.
+)
+
+func (c cause) verdict() verdict {
+	switch {
+	case c == unclear:
+		return maybe
+	case c < invalid:
+		return another
+	}
+	return no
 }
 
-// marks has what errors are known by, and what the user can do about them. The
-// errno of a port driver's refusal gets lost in RootlessKit's API (an answer
-// has only a message), so there is a text for each. Texts are in lower case.
-var marks = []struct {
-	verdict verdict
-	errno   unix.Errno // 0 when there is none.
-	text    string
-	advice  string
+// signs has what errors are known by. The errno of a port driver's refusal gets
+// lost in RootlessKit's API (an answer has only a message), so there is a text
+// for each, in lower case.
+var signs = []struct {
+	cause cause
+	errno unix.Errno // 0 when there is none.
+	text  string
 }{
-	{taken, unix.EADDRINUSE, "address already in use", adviseInUse},
-
-	{forbidden, unix.EACCES, "permission denied", advisePrivileged},
-	// Windows' excluded port ranges, where RootlessKit runs in WSL.
-	{forbidden, 0, "forbidden by its access permissions", "publish a port that the host does not reserve"},
+	{inUse, unix.EADDRINUSE, "address already in use"},
+	{inUse, 0, "port is busy"},
+	{privileged, unix.EACCES, "permission denied"},
+	{reserved, 0, "forbidden by its access permissions"}, // Windows, where RootlessKit runs in WSL.
 	// RootlessKit (all port drivers), gvisor-tap-vsock, and the allocator.
-	{forbidden, 0, "conflict with id", adviseOurs},
-	{forbidden, 0, "proxy already running", adviseOurs},
-	{forbidden, 0, "port is already allocated", adviseOurs},
-	{forbidden, 0, "all ports are allocated", adviseOurs},
-
-	{no, unix.EADDRNOTAVAIL, "cannot assign requested address", "publish on an address that the host has (ip address)"},
-	{no, unix.EINVAL, "invalid argument", "publish on another address: a link-local one needs a zone, which is not passed on"},
-	{no, unix.EAFNOSUPPORT, "address family not supported by protocol", adviseProto},
-	{no, unix.EPROTONOSUPPORT, "protocol not supported", adviseProto},
-	{no, unix.EMFILE, "too many open files", adviseLimits},
-	{no, unix.ENFILE, "too many open files in system", adviseLimits},
-	{no, unix.ENOBUFS, "no buffer space available", adviseLimits},
-	{no, unix.ENOMEM, "cannot allocate memory", adviseLimits},
+	{ours, 0, "conflict with id"},
+	{ours, 0, "proxy already running"},
+	{ours, 0, textAllocated},
+	{ours, 0, textAllAllocated},
+	{notHere, unix.EADDRNOTAVAIL, "cannot assign requested address"},
+	{invalid, unix.EINVAL, "invalid argument"},
+	{unserved, unix.EAFNOSUPPORT, "address family not supported by protocol"},
+	{unserved, unix.EPROTONOSUPPORT, "protocol not supported"},
+	{noRoom, unix.EMFILE, "too many open files"},
+	{noRoom, unix.ENFILE, "too many open files in system"},
+	{noRoom, unix.ENOBUFS, "no buffer space available"},
+	{noRoom, unix.ENOMEM, "cannot allocate memory"},
 	// RootlessKit's validation of a request.
-	{no, 0, "unknown proto", adviseProto},
-	{no, 0, "invalid parentip", ""},
-	{no, 0, "invalid childip", ""},
-	{no, 0, "invalid parentport", ""},
-	{no, 0, "invalid childport", ""},
-	{no, 0, "no portdriver is available", adviseProto},
+	{unserved, 0, "unknown proto"},
+	{invalid, 0, "invalid parentip"},
+	{invalid, 0, "invalid childip"},
+	{invalid, 0, "invalid parentport"},
+	{invalid, 0, "invalid childport"},
+	{unserved, 0, "no portdriver is available"},
 	// The port drivers builtin, gvisor-tap-vsock (and its way to say that it
-	// takes no IPv6 address), slirp4netns.
-	{no, 0, "unsupported port protocol", adviseProto},
-	{no, 0, "unsupported protocol", adviseProto},
-	{no, 0, "too many colons in address", adviseProto},
-	{no, 0, "unsupported ip", adviseProto},
-	{no, 0, "invalid ip", ""},
-	{no, 0, "bad arguments", adviseProto},
-	{no, 0, unsupportedText, adviseProto},
+	// takes no IPv6 address), slirp4netns, and dockerd's client for them.
+	{unserved, 0, "unsupported port protocol"},
+	{unserved, 0, "unsupported protocol"},
+	{unserved, 0, "too many colons in address"},
+	{unserved, 0, "unsupported ip"},
+	{invalid, 0, "invalid ip"},
+	{unserved, 0, "bad arguments"},
+	{unserved, 0, textUnsupported},
 	// pesto, and what other than a port a port driver may lack.
-	{no, 0, "requires --ipv6", adviseProto},
-	{no, 0, "unsupported childip", adviseProto},
-	{no, 0, "executable file not found", adviseAPI},
-	{no, 0, "fork/exec", adviseAPI},
-	{no, 0, "dial unix", adviseAPI},
+	{unserved, 0, "requires --ipv6"},
+	{unserved, 0, "unsupported childip"},
+	{unreached, 0, "executable file not found"},
+	{unreached, 0, "fork/exec"},
+	{unreached, 0, "dial unix"},
 }
 
 const (
-	adviseInUse      = "stop what holds it (sudo ss -%s 'sport = :%d' on the host tells), or publish another host port, or 0 for any free one"
-	adviseOurs       = "stop the container that has it (if none has, RootlessKit was left with it, and the daemon's log says so: restart the rootless daemon), or publish another host port, or 0 for any free one"
-	advisePrivileged = "ports below net.ipv4.ip_unprivileged_port_start need a privilege: publish a port from 1024 up, or lower that limit on the host (sudo sysctl -w net.ipv4.ip_unprivileged_port_start=%d), or give rootlesskit the capability (sudo setcap cap_net_bind_service=ep on its binary)"
-	adviseProto      = "use another protocol or host address, or another port driver (DOCKERD_ROOTLESS_ROOTLESSKIT_PORT_DRIVER)"
-	adviseLimits     = "raise the limits of the rootless daemon (ulimit -n)"
-	adviseAPI        = "see whether RootlessKit is running and its api.sock can be reached, and restart the rootless daemon"
+	textAllocated    = "port is already allocated"
+	textAllAllocated = "all ports are allocated"
+	// textUnsupported is what dockerd's client says of a protocol that the port
+	// driver does not serve (rlkclient.ProtocolUnsupportedError, an internal type).
+	textUnsupported = "is not supported by the rootlesskit port driver"
+	textCurrently   = "(currently "
 )
-
-// unsupportedText is what dockerd's client says of a protocol that the port
-// driver does not serve (rlkclient.ProtocolUnsupportedError, an internal type).
-const unsupportedText = "is not supported by the rootlesskit port driver"
 
 // firstUnprivileged is the kernel's default for ip_unprivileged_port_start.
 const firstUnprivileged = 1024
 
-// errNoAnswer is returned for a request that was given up.
+// errNoAnswer is the error of a request that was given up.
 var errNoAnswer = errors.New("RootlessKit's port driver did not answer in time")
 
 // hostRefusal is a port driver's error for one host address.
 type hostRefusal struct {
-	hostIP netip.Addr
-	port   int
-	proto  types.Protocol
-	err    error
+	host  netip.Addr
+	port  int
+	proto types.Protocol
+	err   error
 }
 
 func (r *hostRefusal) Error() string {
-	return fmt.Sprintf("host port %s/%s: %s", netip.AddrPortFrom(r.hostIP, uint16(r.port)), r.proto, strings.TrimSpace(r.err.Error()))
+	return fmt.Sprintf("host port %s/%s: %s", netip.AddrPortFrom(r.host, uint16(r.port)), r.proto, strings.TrimSpace(r.err.Error()))
 }
 
-func (r *hostRefusal) Unwrap() error {
-	return r.err
-}
+func (r *hostRefusal) Unwrap() error { return r.err }
 
 // childRefusal is the allocator's error, or one of binding in the child
-// namespace.
-type childRefusal struct{ err error }
+// namespace, for the ports from first on, or any if that is 0.
+type childRefusal struct {
+	first int
+	err   error
+}
 
 func (r *childRefusal) Error() string { return "child namespace: " + r.err.Error() }
 
 func (r *childRefusal) Unwrap() error { return r.err }
 
-// errAllAllocated has the allocator's text for a range of which this daemon has
-// every port.
-var errAllAllocated = errors.New("all ports are allocated")
-
-// driverVerdict judges an error of a PortDriverClient's AddPort.
-func driverVerdict(err error) verdict {
-	if isAPIFailure(err) {
-		return no
-	}
-	v, _ := judge(err)
-	return v
-}
-
-// childVerdict judges an error of the allocator, or of binding and listening in
-// the child namespace. It says what is wrong: there is no maybe.
-func childVerdict(err error) verdict {
-	if v, _ := judge(err); v != maybe {
-		return v
-	}
-	return no
-}
-
-// judge returns the verdict on err's cause, and what the user can do about it.
-func judge(err error) (verdict, string) {
-	v, advice := maybe, ""
-	text := strings.ToLower(err.Error())
-	for _, m := range marks {
-		if m.verdict > v && (strings.Contains(text, m.text) || m.errno != 0 && errors.Is(err, m.errno)) {
-			v, advice = m.verdict, m.advice
+// causeOf tells what err is about. limit is the host's first port that takes no
+// privilege, or 0 if it can't be seen.
+func causeOf(err error, limit int) cause {
+	c, text := unclear, strings.ToLower(err.Error())
+	for _, s := range signs {
+		if s.cause > c && (strings.Contains(text, s.text) || s.errno != 0 && errors.Is(err, s.errno)) {
+			c = s.cause
 		}
 	}
-	return v, advice
+	var child *childRefusal
+	if errors.As(err, &child) {
+		// It says what is wrong. Dynamic ports take no privilege: a policy denies them.
+		if c == unclear || c == privileged && child.first == 0 {
+			return invalid
+		}
+		return c
+	}
+	if isUnreached(err) || isLost(err) {
+		return unreached
+	}
+	var host *hostRefusal
+	if c == privileged && errors.As(err, &host) && host.port >= limitOf(err, limit) {
+		return unclear // A policy denies it: there is nothing to raise.
+	}
+	return c
 }
 
-// isAPIFailure tells whether err is about the way to RootlessKit and back, and
-// not RootlessKit's answer. Whatever errno it has (EACCES for the API's socket,
-// say) tells nothing about a port.
-func isAPIFailure(err error) bool {
-	return isDialError(err) || isLost(err) || errors.Is(err, errNoAnswer) ||
+// limitOf returns the first port that takes no privilege: as seen on the host,
+// or as RootlessKit says, or the kernel's default.
+func limitOf(err error, seen int) int {
+	if seen != 0 {
+		return seen
+	}
+	said := firstUnprivileged
+	if _, after, ok := strings.Cut(err.Error(), textCurrently); ok {
+		fmt.Sscan(after, &said) // What is no number leaves it.
+	}
+	return said
+}
+
+// isUnreached tells whether err is about the way to RootlessKit, and not its
+// answer. Whatever errno it has (EACCES for the API's socket) tells nothing
+// about a port.
+func isUnreached(err error) bool {
+	var op *net.OpError
+	return errors.As(err, &op) && op.Op == "dial" || errors.Is(err, errNoAnswer) ||
 		errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded)
-}
-
-// isDialError tells whether RootlessKit was not reached.
-func isDialError(err error) bool {
-	var opErr *net.OpError
-	return errors.As(err, &opErr) && opErr.Op == "dial"
 }
 
 // isLost tells whether a request may have reached RootlessKit, and its answer
@@ -191,82 +198,23 @@ func isDialError(err error) bool {
 func isLost(err error) bool {
 	var (
 		urlErr    *url.Error
-		opErr     *net.OpError
+		op        *net.OpError
 		syntaxErr *json.SyntaxError
 	)
-	return !isDialError(err) && (errors.As(err, &urlErr) ||
-		errors.As(err, &opErr) && opErr.Op != "listen" ||
-		errors.As(err, &syntaxErr) ||
-		errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF))
-}
-
-// advice tells the user what to do about err, for a search that began at the
-// host port first. It is empty, or starts with "; ".
-func advice(err error, first int, proto types.Protocol) string {
-	if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
-		return ""
-	}
-	if isAPIFailure(err) {
-		return "; " + adviseAPI
-	}
-	v, text := judge(err)
-	port := first
-	if r := (*hostRefusal)(nil); errors.As(err, &r) {
-		port = r.port
-		if v == maybe && port < firstUnprivileged {
-			text = advisePrivileged
-		}
-	}
-	switch text {
-	case "":
-		return ""
-	case adviseInUse:
-		if r := (*childRefusal)(nil); errors.As(err, &r) {
-			text = "publish another host port, or 0 for any free one"
-			break
-		}
-		sockets := "ltnp"
-		if proto == types.UDP {
-			sockets = "lunp"
-		}
-		text = fmt.Sprintf(text, sockets, port)
-	case advisePrivileged:
-		if strings.Contains(err.Error(), "ip_unprivileged_port_start") {
-			return "" // RootlessKit has told already.
-		}
-		text = fmt.Sprintf(text, port)
-	}
-	return "; " + text
-}
-
-// isExhausted tells whether the allocator has no more port to give in a range.
-func isExhausted(err error) bool {
-	return strings.Contains(err.Error(), errAllAllocated.Error())
-}
-
-// isAllocated tells whether the allocator has given the port to somebody else.
-func isAllocated(err error) bool {
-	return strings.Contains(err.Error(), "port is already allocated")
+	isOp := errors.As(err, &op)
+	return !(isOp && op.Op == "dial") && (errors.As(err, &urlErr) || isOp && op.Op != "listen" ||
+		errors.As(err, &syntaxErr) || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF))
 }
 
 // isUnsupported tells whether the port driver does not serve the protocol.
 func isUnsupported(err error) bool {
-	return strings.Contains(strings.ToLower(err.Error()), unsupportedText)
+	return strings.Contains(strings.ToLower(err.Error()), textUnsupported)
 }
 
 // isUnknownPort tells whether RootlessKit's answer to a removal is that it has
 // no such port. That is as good as having removed it.
 func isUnknownPort(err error) bool {
 	text := strings.ToLower(err.Error())
-	for _, s := range []string{"unknown id", "unknown port id", "invalid id", "remove_hostfwd: bad arguments.id"} {
-		if strings.Contains(text, s) {
-			return true
-		}
-	}
-	return false
-}
-
-// hostPort is ip and port as people write them.
-func hostPort(ip net.IP, port int) string {
-	return net.JoinHostPort(ip.String(), strconv.Itoa(port))
+	return strings.Contains(text, "unknown id") || strings.Contains(text, "unknown port id") ||
+		strings.Contains(text, "invalid id") || strings.Contains(text, "bad arguments.id")
 }

@@ -22,17 +22,17 @@ var answers = []struct {
 	text string
 	want verdict
 }{
-	{"listen tcp4 0.0.0.0:45000: bind: address already in use", taken},
-	{"failed to expose port: listen tcp 0.0.0.0:45000: bind: address already in use", taken},
-	{"failed to expose port: expose request failed with status 500: listen udp 0.0.0.0:45000: bind: address already in use", taken},
-	{"pesto failed: exit status 1: Failed to bind port 80: Address already in use", taken},
+	{"listen tcp4 0.0.0.0:45000: bind: address already in use", another},
+	{"failed to expose port: listen tcp 0.0.0.0:45000: bind: address already in use", another},
+	{"failed to expose port: expose request failed with status 500: listen udp 0.0.0.0:45000: bind: address already in use", another},
+	{"pesto failed: exit status 1: Failed to bind port 80: Address already in use", another},
 
-	{"listen tcp4 0.0.0.0:80: bind: permission denied", forbidden},
-	{"cannot expose privileged port 80, you can add 'net.ipv4.ip_unprivileged_port_start=80' to /etc/sysctl.conf (currently 1024), or set CAP_NET_BIND_SERVICE on rootlesskit binary, or choose a larger port number (>= 1024): listen tcp4 0.0.0.0:80: bind: permission denied", forbidden},
-	{"failed to expose port: listen tcp 0.0.0.0:80: bind: permission denied", forbidden},
-	{"listen tcp4 0.0.0.0:50000: bind: An attempt was made to access a socket in a way forbidden by its access permissions.", forbidden},
-	{"conflict with ID 7", forbidden},
-	{"failed to expose port: proxy already running", forbidden},
+	{"listen tcp4 0.0.0.0:80: bind: permission denied", another},
+	{"cannot expose privileged port 80, you can add 'net.ipv4.ip_unprivileged_port_start=80' to /etc/sysctl.conf (currently 1024), or set CAP_NET_BIND_SERVICE on rootlesskit binary, or choose a larger port number (>= 1024): listen tcp4 0.0.0.0:80: bind: permission denied", another},
+	{"failed to expose port: listen tcp 0.0.0.0:80: bind: permission denied", another},
+	{"listen tcp4 0.0.0.0:50000: bind: An attempt was made to access a socket in a way forbidden by its access permissions.", another},
+	{"conflict with ID 7", another},
+	{"failed to expose port: proxy already running", another},
 
 	{"listen tcp4 10.1.2.3:45000: bind: cannot assign requested address", no},
 	{"failed to expose port: listen tcp 10.1.2.3:45000: bind: cannot assign requested address", no},
@@ -55,6 +55,12 @@ var answers = []struct {
 	{"", maybe},
 }
 
+func driverVerdict(err error) verdict { return causeOf(err, 0).verdict() }
+
+func childVerdict(first int, err error) verdict {
+	return causeOf(&childRefusal{first: first, err: err}, 0).verdict()
+}
+
 func TestAnswersOfPortDrivers(t *testing.T) {
 	for _, a := range answers {
 		for _, text := range []string{answerPrefix + a.text, strings.ToUpper(a.text)} {
@@ -70,8 +76,8 @@ func TestVerdictBySource(t *testing.T) {
 		err  error
 		want verdict
 	}{
-		{syscall.EADDRINUSE, taken},
-		{&net.OpError{Op: "listen", Net: "tcp", Err: syscall.EACCES}, forbidden},
+		{syscall.EADDRINUSE, another},
+		{&net.OpError{Op: "listen", Net: "tcp", Err: syscall.EACCES}, another},
 		{syscall.EADDRNOTAVAIL, no},
 		{syscall.EMFILE, no},
 		{syscall.EAFNOSUPPORT, no},
@@ -90,10 +96,11 @@ func TestVerdictBySource(t *testing.T) {
 		assert.Check(t, is.Equal(driverVerdict(&hostRefusal{err: err}), tc.want), "%v", err)
 	}
 
-	assert.Check(t, is.Equal(childVerdict(syscall.EADDRINUSE), taken))
-	assert.Check(t, is.Equal(childVerdict(syscall.EACCES), forbidden))
-	assert.Check(t, is.Equal(childVerdict(syscall.EIO), no))
-	assert.Check(t, is.Equal(childVerdict(errors.New("invalid port range: 8000-0")), no))
+	assert.Check(t, is.Equal(childVerdict(0, syscall.EADDRINUSE), another))
+	assert.Check(t, is.Equal(childVerdict(1000, syscall.EACCES), another))
+	assert.Check(t, is.Equal(childVerdict(0, syscall.EACCES), no), "a dynamic port takes no privilege")
+	assert.Check(t, is.Equal(childVerdict(80, syscall.EIO), no))
+	assert.Check(t, is.Equal(childVerdict(8000, errors.New("invalid port range: 8000-0")), no))
 }
 
 // The API's socket is gone, or forbidden: one attempt, and the cause stays.
@@ -103,37 +110,11 @@ func TestUnreachableAPI(t *testing.T) {
 		f.answer = func(int, mapping) error {
 			return fmt.Errorf("%s%w", answerPrefix, &url.Error{Op: "Post", URL: "http://rootlesskit/v1/ports", Err: &net.OpError{Op: "dial", Net: "unix", Err: errno}})
 		}
-		err := refused(t, f, context.Background(), request(types.TCP, 0, 0, "0.0.0.0"))
+		err := refused(t, f, context.Background(), ask(types.TCP, 0, 0, "0.0.0.0"))
 		assert.Check(t, is.ErrorIs(err, errno))
 		assert.Check(t, is.ErrorContains(err, errno.Error()+"; see whether RootlessKit is running"))
 		assert.Check(t, is.Equal(f.calls, 1))
 	}
-}
-
-func TestAdvice(t *testing.T) {
-	for _, tc := range []struct {
-		text  string
-		port  int
-		proto types.Protocol
-		want  string
-	}{
-		{"address already in use", 8080, types.TCP, "sudo ss -ltnp 'sport = :8080'"},
-		{"address already in use", 8080, types.UDP, "sudo ss -lunp 'sport = :8080'"},
-		{"permission denied", 443, types.TCP, "net.ipv4.ip_unprivileged_port_start=443"},
-		{slirpShrug, 443, types.TCP, "net.ipv4.ip_unprivileged_port_start=443"},
-		{slirpShrug, 8080, types.TCP, ""},
-		{"currently ip_unprivileged_port_start=1024: permission denied", 443, types.TCP, ""},
-		{"invalid IP: 1.2.3", 8080, types.TCP, ""},
-		{"too many open files", 8080, types.TCP, "ulimit -n"},
-	} {
-		got := advice(&hostRefusal{port: tc.port, proto: tc.proto, err: errors.New(tc.text)}, 1, tc.proto)
-		assert.Check(t, is.Contains(got, tc.want))
-		assert.Check(t, is.Equal(got == "", tc.want == ""), "%q: %q", tc.text, got)
-	}
-	inChild := advice(&childRefusal{syscall.EADDRINUSE}, 8080, types.TCP)
-	assert.Check(t, is.Equal(inChild, "; publish another host port, or 0 for any free one"))
-	assert.Check(t, is.Equal(advice(errors.New("invalid port range: 0-65535"), 0, types.TCP), ""))
-	assert.Check(t, is.Equal(advice(context.Canceled, 80, types.TCP), ""))
 }
 
 // FuzzVerdict joins two answers: no > another port > maybe.
@@ -155,6 +136,5 @@ func FuzzVerdict(f *testing.F) {
 			assert.Check(t, driverVerdict(errors.New(joined)) >= max(va, vb))
 		}
 		assert.Check(t, is.Equal(driverVerdict(errors.New(a+"\n\n"+b)), max(va, vb)))
-		_ = advice(errors.New(a), 80, types.TCP)
 	})
 }

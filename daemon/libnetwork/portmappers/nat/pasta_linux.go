@@ -1,0 +1,187 @@
+package nat
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/moby/moby/v2/daemon/libnetwork/types"
+	"golang.org/x/sys/unix"
+)
+
+// pastaLag is how long pasta may keep a port after the child has let go of it:
+// up to 0.8 s were seen.
+const pastaLag = 3 * time.Second
+
+// pasta stands in for RootlessKit's port driver "implicit". Nobody asks that one
+// for a port: pasta watches the child namespace and binds on the host what is
+// bound there, 0.7 s later, on the wildcard address. If it can't, since another
+// process has the port, it says so to nobody, and the container's traffic goes
+// to a stranger. So a port is looked at first, and kept for pasta.
+type pasta struct {
+	mu  sync.Mutex
+	own map[ownPort]ownBindings
+}
+
+type ownPort struct {
+	proto types.Protocol
+	port  int
+}
+
+// ownBindings is what this daemon has of a host port.
+type ownBindings struct {
+	n     int
+	until time.Time // until is when pasta has let go of the port, once n is 0.
+}
+
+func (b ownBindings) over() bool { return b.n == 0 && !time.Now().Before(b.until) }
+
+// pastaAddrs are the addresses that pasta may bind, whatever the user asks for.
+func pastaAddrs() []netip.Addr {
+	if _, err := os.Stat("/proc/sys/net/ipv6"); err != nil {
+		return []netip.Addr{netip.IPv4Unspecified()}
+	}
+	return []netip.Addr{netip.IPv4Unspecified(), netip.IPv6Unspecified()}
+}
+
+// portDriverIsImplicit tells whether RootlessKit's port driver is "implicit".
+// Its API doesn't tell it from "none", which publishes nothing on the host; the
+// command line does. RootlessKit is this process's parent.
+func portDriverIsImplicit() bool {
+	cmdline, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", os.Getppid()))
+	return err == nil && isImplicit(cmdline)
+}
+
+func isImplicit(cmdline []byte) bool {
+	args := bytes.Split(cmdline, []byte{0})
+	return slices.ContainsFunc(args, func(arg []byte) bool { return string(arg) == "--port-driver=implicit" }) ||
+		bytes.Contains(cmdline, []byte("\x00--port-driver\x00implicit\x00"))
+}
+
+// client returns the driver for one request. If insist is set, which is for a
+// port that the user named, a port counts as free that pasta will get all the
+// same: one of this daemon's own, or one with connections that were served.
+func (p *pasta) client(insist bool) PortDriverClient { return &pastaClient{pasta: p, insist: insist} }
+
+type pastaClient struct {
+	*pasta
+	insist bool
+	port   int   // port is the one that the sockets keep.
+	socks  []int // socks are shared by the host addresses of the request.
+	users  int
+}
+
+func (c *pastaClient) ChildHostIP(_ string, hostIP netip.Addr) netip.Addr { return hostIP }
+
+// AddPort keeps the port on the host, for pasta. It is the view's: it fails
+// open, where the host can't be looked at.
+func (c *pastaClient) AddPort(_ context.Context, proto string, _, _ netip.Addr, port int) (func() error, error) {
+	p := ownPort{types.ParseProtocol(proto), port}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.users == 0 || c.port != port {
+		var err error
+		onHost(func() { err = c.keep(p) })
+		if err != nil {
+			return nil, err
+		}
+		c.port = port
+	}
+	c.users++
+	for q, b := range c.own {
+		if b.over() {
+			delete(c.own, q)
+		}
+	}
+	c.own[p] = ownBindings{n: c.own[p].n + 1}
+	var removed atomic.Bool
+	return func() error {
+		if removed.Swap(true) {
+			return errRemoved
+		}
+		return c.remove(p)
+	}, nil
+}
+
+// remove ends one address's part in the port, and what is kept with the last.
+func (c *pastaClient) remove(p ownPort) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.own[p] = ownBindings{n: c.own[p].n - 1, until: time.Now().Add(pastaLag)}
+	if c.users--; c.users > 0 {
+		return nil
+	}
+	var errs []error
+	for _, fd := range c.socks {
+		errs = append(errs, unix.Close(fd))
+	}
+	c.socks = nil
+	return errors.Join(errs...)
+}
+
+// keep binds p's port on all that pasta may bind, or returns why it can't. It is
+// called on the host.
+func (c *pastaClient) keep(p ownPort) (err error) {
+	defer func() {
+		if err != nil {
+			for _, fd := range c.socks {
+				unix.Close(fd)
+			}
+			c.socks = nil
+		}
+	}()
+	for _, addr := range pastaAddrs() {
+		fd, err := keepAt(p, addr, c.insist && p.proto == types.TCP)
+		switch {
+		case err == nil:
+			c.socks = append(c.socks, fd)
+		case !c.insist || !errors.Is(err, unix.EADDRINUSE) || !c.isOwn(p.port):
+			return err
+		}
+	}
+	return nil
+}
+
+// keepAt binds a socket that is in everybody's way but pasta's, which sets
+// SO_REUSEADDR and comes later. One that is bound without SO_REUSEADDR finds
+// other daemons' kept ports taken; but a connection that was served keeps that
+// off for a minute, where pasta could listen: then, if it is to insist, it is
+// bound as pasta does, for TCP. A UDP socket that is bound after pasta's would
+// take its datagrams.
+func keepAt(p ownPort, addr netip.Addr, insist bool) (int, error) {
+	fd, err := socket(p.proto, addr, false)
+	if err != nil {
+		return -1, err
+	}
+	err = bind(fd, p.proto, addr, p.port, false)
+	if err != nil && insist {
+		if err = (&look{proto: p.proto}).refusal(addr, p.port); err == nil {
+			unix.Close(fd)
+			if fd, err = socket(p.proto, addr, true); err != nil {
+				return -1, err
+			}
+			err = bind(fd, p.proto, addr, p.port, false)
+		}
+	}
+	if err == nil {
+		err = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1)
+	}
+	if err != nil {
+		unix.Close(fd)
+		return -1, err
+	}
+	return fd, nil
+}
+
+// isOwn tells whether port may be bound by this daemon's own pasta, which takes
+// the UDP port for every TCP port, too.
+func (p *pasta) isOwn(port int) bool {
+	return !p.own[ownPort{types.TCP, port}].over() || !p.own[ownPort{types.UDP, port}].over()
+}

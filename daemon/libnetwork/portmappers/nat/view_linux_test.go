@@ -1,0 +1,485 @@
+package nat
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/moby/moby/v2/daemon/libnetwork/types"
+	"golang.org/x/sys/unix"
+	"gotest.tools/v3/assert"
+	is "gotest.tools/v3/assert/cmp"
+)
+
+// inChild moves the test to a network namespace of its own, as dockerd does
+// before it calls MapPorts. The rest of the process stays on the host.
+func inChild(t testing.TB) {
+	runtime.LockOSThread()
+	assert.NilError(t, unix.Unshare(unix.CLONE_NEWNET))
+	assert.NilError(t, bringUpLoopback())
+	stateDir := t.TempDir()
+	assert.NilError(t, os.Symlink(fmt.Sprintf("/proc/%d/task/%d/ns/net", os.Getpid(), unix.Gettid()), filepath.Join(stateDir, "netns")))
+	t.Setenv("ROOTLESSKIT_STATE_DIR", stateDir)
+	t.Cleanup(func() {
+		fd, err := unix.Open("/proc/self/ns/net", unix.O_RDONLY|unix.O_CLOEXEC, 0) // The main thread's.
+		assert.NilError(t, err)
+		defer unix.Close(fd)
+		assert.NilError(t, unix.Setns(fd, unix.CLONE_NEWNET))
+		runtime.UnlockOSThread()
+	})
+}
+
+// newHostFake is newFake with a port driver that listens on the host.
+func newHostFake(t testing.TB) *fakeDriver {
+	f := newFake(t)
+	f.listens = true
+	return f
+}
+
+// occupy makes another process hold the host's ports from first to last.
+func occupy(t testing.TB, proto, ip string, first, last int) {
+	for port := first; port <= last; port++ {
+		l, err := listenOnHost(t, mapping{proto, netip.MustParseAddr(ip), port})
+		assert.NilError(t, err)
+		t.Cleanup(func() { l.Close() })
+	}
+}
+
+// setSysctl sets a sysctl of the namespace that is the tests' host.
+func setSysctl(t testing.TB, name, value string) {
+	file := "/proc/sys/net/ipv4/" + name
+	set := func(value []byte) {
+		onHost(func() { assert.NilError(t, os.WriteFile(file, value, 0)) })
+	}
+	var before []byte
+	onHost(func() {
+		var err error
+		before, err = os.ReadFile(file)
+		assert.NilError(t, err)
+	})
+	set([]byte(value))
+	t.Cleanup(func() { set(before) })
+}
+
+func TestTakenHostPortsAreNotAskedFor(t *testing.T) {
+	for _, proto := range []types.Protocol{types.TCP, types.UDP} {
+		t.Run(proto.String(), func(t *testing.T) {
+			f := newHostFake(t)
+			inChild(t)
+			occupy(t, proto.String(), "0.0.0.0", 32768, 32867)
+			// Free for IPv4, and for IPv6 only every other one.
+			for port := 32868; port <= 32900; port += 2 {
+				occupy(t, proto.String(), "::", port, port)
+			}
+			pm := NewPortMapper(Config{RlkClient: f})
+			publish := func(addrs ...string) int {
+				pbs, err := pm.MapPorts(context.Background(), ask(proto, 0, 0, addrs...))
+				assert.NilError(t, err)
+				t.Cleanup(func() { assert.Check(t, pm.UnmapPorts(context.Background(), pbs)) })
+				return int(pbs[0].HostPort)
+			}
+			assert.Check(t, is.Equal(publish("0.0.0.0", "::"), 32869))
+			assert.Check(t, is.DeepEqual(f.asked, []int{32768, 32869, 32869}), "only the first is asked for without a look")
+			assert.Check(t, is.Equal(publish("127.0.0.1"), 32870), "the search goes on from the last one")
+			assert.Check(t, is.Equal(f.calls, 4))
+		})
+	}
+}
+
+func TestUsersRangeIsLookedAtToo(t *testing.T) {
+	f := newHostFake(t)
+	inChild(t)
+	occupy(t, "tcp", "127.0.0.1", 8000, 8039)
+	assert.Check(t, is.Equal(published(t, f, ask(types.TCP, 8000, 8040, "0.0.0.0")), 8040))
+	assert.Check(t, is.DeepEqual(f.asked, []int{8000, 8040}))
+}
+
+func TestRangeAllTakenOnTheHost(t *testing.T) {
+	f := newHostFake(t)
+	occupy(t, "tcp", "0.0.0.0", 8000, 8040)
+	synctest.Test(t, func(t *testing.T) {
+		inChild(t)
+		start := time.Now()
+		err := refused(t, f, context.Background(), ask(types.TCP, 8000, 8040, "0.0.0.0"))
+		for _, want := range []string{"8000-8040", "41 tried, and none can be had", "bind: address already in use"} {
+			assert.Check(t, is.ErrorContains(err, want))
+		}
+		assert.Check(t, is.Equal(time.Since(start), time.Duration(0)))
+	})
+	assert.Check(t, is.Equal(f.calls, 1))
+}
+
+// An exhausted range names the last refusal that is not this daemon's own.
+func TestExhaustedRangeWithAViewNamesAnothers(t *testing.T) {
+	f := newHostFake(t)
+	inChild(t)
+	pm := NewPortMapper(Config{RlkClient: f})
+	pbs, err := pm.MapPorts(context.Background(), ask(types.TCP, 8000, 8002, "0.0.0.0"))
+	assert.NilError(t, err)
+	more, err := pm.MapPorts(context.Background(), ask(types.TCP, 8002, 8002, "0.0.0.0"))
+	assert.NilError(t, err)
+	pbs = append(pbs, more...)
+	l, err := listenOnHost(t, mapping{"tcp", netip.IPv4Unspecified(), 8001})
+	assert.NilError(t, err)
+	_, err = pm.MapPorts(context.Background(), ask(types.TCP, 8000, 8002, "0.0.0.0"))
+	assert.Check(t, is.ErrorContains(err, "3 tried, and none can be had: host port 0.0.0.0:8001/tcp: listen tcp4 0.0.0.0:8001: bind: address already in use"))
+	assert.NilError(t, l.Close())
+
+	last, err := pm.MapPorts(context.Background(), ask(types.TCP, 8000, 8002, "0.0.0.0"))
+	assert.NilError(t, err)
+	pbs = append(pbs, last...)
+	_, err = pm.MapPorts(context.Background(), ask(types.TCP, 8000, 8002, "0.0.0.0"))
+	assert.Check(t, is.ErrorContains(err, "port is already allocated; stop the container that has it"))
+	assert.Check(t, pm.UnmapPorts(context.Background(), pbs))
+}
+
+func TestHostsDynamicRangeCounts(t *testing.T) {
+	f := newHostFake(t)
+	inChild(t)
+	setSysctl(t, "ip_local_port_range", "40000 40005")
+	setSysctl(t, "ip_local_reserved_ports", "40000,40002-40003")
+	pm := NewPortMapper(Config{RlkClient: f})
+	publish := func(first, last int) int {
+		t.Helper()
+		pbs, err := pm.MapPorts(context.Background(), ask(types.TCP, first, last, "0.0.0.0"))
+		assert.NilError(t, err)
+		t.Cleanup(func() { assert.Check(t, pm.UnmapPorts(context.Background(), pbs)) })
+		return int(pbs[0].HostPort)
+	}
+	for _, want := range []int{40001, 40004, 40005} {
+		assert.Check(t, is.Equal(publish(0, 0), want))
+	}
+	// The user's own word counts more.
+	assert.Check(t, is.Equal(publish(40002, 40002), 40002))
+	// An administrator's change counts for the next one.
+	setSysctl(t, "ip_local_port_range", "41000 41005")
+	assert.Check(t, is.Equal(publish(0, 0), 41000))
+
+	setSysctl(t, "ip_local_reserved_ports", "41000-41005")
+	err := refused(t, f, context.Background(), ask(types.TCP, 0, 0, "127.0.0.1"))
+	assert.Check(t, is.ErrorContains(err, "dynamic host port (41000-41005)"))
+	assert.Check(t, is.ErrorContains(err, "0 tried"))
+	assert.Check(t, is.ErrorContains(err, "all of them are reserved"))
+}
+
+// TCP and UDP of one container come out at one number, as with stock.
+func TestProtocolsKeepStep(t *testing.T) {
+	f := newHostFake(t)
+	inChild(t)
+	pm := NewPortMapper(Config{RlkClient: f})
+	for want := 32768; want < 32773; want++ {
+		for _, proto := range []types.Protocol{types.TCP, types.UDP} {
+			pbs, err := pm.MapPorts(context.Background(), ask(proto, 0, 0, "0.0.0.0", "::"))
+			assert.NilError(t, err)
+			assert.Check(t, is.Equal(int(pbs[0].HostPort), want))
+			t.Cleanup(func() { assert.Check(t, pm.UnmapPorts(context.Background(), pbs)) })
+		}
+	}
+}
+
+// Where the kernel denies a port, RootlessKit is asked: it may have a capability
+// that the daemon has not got on the host.
+func TestPrivilegedHostPorts(t *testing.T) {
+	f := newHostFake(t)
+	inChild(t)
+	setSysctl(t, "ip_unprivileged_port_start", "1050")
+	f.answer = func(_ int, m mapping) error {
+		if m.port < 1050 {
+			return fmt.Errorf("%slisten tcp4 %s:%d: bind: permission denied", answerPrefix, m.ip, m.port)
+		}
+		return nil
+	}
+	assert.Check(t, is.Equal(published(t, f, ask(types.TCP, 1000, 1100, "0.0.0.0")), 1050))
+	err := refused(t, f, context.Background(), ask(types.TCP, 1049, 1049, "0.0.0.0"))
+	assert.Check(t, is.ErrorContains(err, "from 1050 up"))
+
+	withoutCapability(t, unix.CAP_NET_BIND_SERVICE) // On this thread: those on the test's host have it.
+	l := look{proto: types.TCP, addrs: []netip.Addr{netip.IPv4Unspecified()}}
+	ports := []int{1000}
+	assert.Check(t, is.Equal(l.find(func() int { p := ports[0]; ports = ports[1:]; return p }), 1000))
+}
+
+// What the kernel says of a port, but that it's taken, is for RootlessKit to say.
+func TestLookThatDoesNotHelp(t *testing.T) {
+	f := newHostFake(t)
+	inChild(t)
+	err := refused(t, f, context.Background(), ask(types.TCP, 0, 0, "fe80::1")) // EINVAL: no zone.
+	assert.Check(t, is.Equal(f.calls, 1))
+	assert.Check(t, is.ErrorContains(err, "invalid argument"))
+}
+
+func TestAddressThatTheHostHasNot(t *testing.T) {
+	f := newHostFake(t)
+	inChild(t)
+	occupy(t, "tcp", "127.0.0.1", 32768, 32768)
+	err := refused(t, f, context.Background(), ask(types.TCP, 0, 0, "127.0.0.1", "192.0.2.1"))
+	assert.Check(t, is.ErrorContains(err, "listen tcp4 192.0.2.1:"))
+	assert.Check(t, is.ErrorContains(err, "cannot assign requested address; publish on an address that the host has"))
+	assert.Check(t, is.DeepEqual(f.asked, []int{32768, 32769, 32769}))
+}
+
+// A port driver that refuses what looks free is asked in order, then at random.
+func TestPortsThatOnlyThePortDriverRefuses(t *testing.T) {
+	f := newHostFake(t)
+	inChild(t)
+	f.holdRange(32768, 32768+999)
+	published(t, f, ask(types.TCP, 0, 0, "0.0.0.0"))
+	assert.Check(t, f.calls > 8 && f.calls < 64, "%d calls", f.calls)
+
+	f.taken = func(int) bool { return true }
+	calls := f.calls
+	err := refused(t, f, context.Background(), ask(types.TCP, 0, 0, "0.0.0.0"))
+	assert.Check(t, is.ErrorContains(err, "address already in use"))
+	assert.Check(t, is.Equal(f.calls, calls+64))
+}
+
+// A container of the host's network has them in the child, where that is none:
+// each is asked for once.
+func TestDynamicPortsAllTakenInTheChild(t *testing.T) {
+	for _, n := range []int{7, 8, 16, 64} {
+		t.Run(fmt.Sprint(n), func(t *testing.T) {
+			f := newHostFake(t)
+			synctest.Test(t, func(t *testing.T) {
+				inChild(t)
+				setSysctl(t, "ip_local_port_range", fmt.Sprintf("40000 %d", 40000+n-1))
+				for port := 40000; port < 40000+n; port++ {
+					l, err := net.Listen("tcp", fmt.Sprintf("%s:%d", f.child4, port))
+					assert.NilError(t, err)
+					defer l.Close()
+				}
+				start := time.Now()
+				err := refused(t, f, context.Background(), ask(types.TCP, 0, 0, "0.0.0.0"))
+				assert.Check(t, is.ErrorContains(err, fmt.Sprintf("%d tried, and none can be had: child namespace: failed to bind host port", n)))
+				assert.Check(t, is.Equal(time.Since(start), time.Duration(0)))
+			})
+			assert.Check(t, is.Equal(f.calls, 0))
+		})
+	}
+}
+
+// A search passes a block by jumping, and still finds the one port that is free.
+func TestOneFreeHostPort(t *testing.T) {
+	h := &hostPorts{first: 32768, last: 60999, dynamic: true, at: 32768}
+	free := 51234
+	seen := map[int]bool{}
+	for port := h.step(); port != free; port = h.step() {
+		assert.Assert(t, port != 0 && !seen[port], "%d after %d others", port, len(seen))
+		seen[port] = true
+	}
+	for port := h.step(); port != 0; port = h.step() {
+		assert.Assert(t, !seen[port])
+		seen[port] = true
+	}
+	assert.Check(t, is.Equal(len(seen), 28231))
+}
+
+func TestLongListOfReservedPorts(t *testing.T) {
+	inChild(t)
+	var list []string
+	for port := 40000; port < 42000; port += 2 {
+		list = append(list, fmt.Sprint(port))
+	}
+	setSysctl(t, "ip_local_reserved_ports", strings.Join(list, ","))
+	_, _, reserved, err := hostDynamicPorts()
+	assert.NilError(t, err)
+	for port := 40000; port < 42000; port++ {
+		assert.Check(t, is.Equal(reserved.has(port), port%2 == 0), port)
+	}
+}
+
+func TestWhatASlirpShrugMeans(t *testing.T) {
+	f := newHostFake(t)
+	f.shrugs = true
+	inChild(t)
+	f.taken = func(port int) bool { return true }
+	occupy(t, "tcp", "0.0.0.0", 8080, 8080)
+	for _, tc := range []struct {
+		ip   string
+		port int
+		want string
+	}{
+		{"0.0.0.0", 8080, slirpShrug + ": listen tcp4 0.0.0.0:8080: bind: address already in use"},
+		{"192.0.2.1", 8080, slirpShrug + ": listen tcp4 192.0.2.1:8080: bind: cannot assign requested address"},
+		{"0.0.0.0", 8081, slirpShrug},
+	} {
+		err := refused(t, f, context.Background(), ask(types.TCP, tc.port, tc.port, tc.ip))
+		assert.Check(t, is.ErrorContains(err, tc.want))
+	}
+	assert.Check(t, is.Equal(f.calls, 3))
+
+	// In a search, an address that the host doesn't have ends it at once.
+	err := refused(t, f, context.Background(), ask(types.TCP, 0, 0, "192.0.2.1"))
+	assert.Check(t, is.ErrorIs(err, unix.EADDRNOTAVAIL))
+	assert.Check(t, is.Equal(f.calls, 4))
+}
+
+func TestNoView(t *testing.T) {
+	t.Run("the caller is not in the child", func(t *testing.T) {
+		f := newFake(t)
+		inChild(t)
+		assert.Check(t, hostInSight())
+		fd, err := unix.Open("/proc/self/ns/net", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		assert.NilError(t, err)
+		defer unix.Close(fd)
+		assert.NilError(t, unix.Setns(fd, unix.CLONE_NEWNET))
+		assert.Check(t, !hostInSight())
+		published(t, f, ask(types.TCP, 0, 0, "0.0.0.0"))
+	})
+	t.Run("the caller is in a third namespace", func(t *testing.T) {
+		inChild(t)
+		assert.NilError(t, unix.Unshare(unix.CLONE_NEWNET))
+		assert.Check(t, hostInSight()) // The test's link follows the thread.
+		t.Setenv("ROOTLESSKIT_STATE_DIR", t.TempDir())
+		assert.NilError(t, os.Symlink("/proc/1/ns/net", filepath.Join(os.Getenv("ROOTLESSKIT_STATE_DIR"), "netns")))
+		assert.Check(t, !hostInSight())
+	})
+	t.Run("no detached namespace", func(t *testing.T) {
+		inChild(t)
+		t.Setenv("ROOTLESSKIT_STATE_DIR", t.TempDir())
+		assert.Check(t, !hostInSight())
+	})
+	t.Run("SCTP", func(t *testing.T) {
+		inChild(t)
+		s := search{req: &request{proto: types.SCTP}}
+		(&rooms{driver: newFake(t)}).lookAtHost(context.Background(), &s)
+		assert.Check(t, s.view == nil)
+	})
+	t.Run("an invalid range", func(t *testing.T) {
+		f := newHostFake(t)
+		inChild(t)
+		err := refused(t, f, context.Background(), ask(types.TCP, 9000, 8000, "0.0.0.0"))
+		assert.Check(t, is.ErrorContains(err, "invalid port range"))
+	})
+	t.Run("no thread on the host", func(t *testing.T) {
+		f := newHostFake(t)
+		inChild(t)
+		f.listens = false
+		f.holdRange(32768, 32768+5)
+		before := hostNetNS
+		hostNetNS = netNS{1, 1}
+		defer func() { hostNetNS = before }()
+		assert.Check(t, is.Equal(published(t, f, ask(types.TCP, 0, 0, "0.0.0.0")), 32774))
+		assert.Check(t, is.Equal(f.calls, 7), "the port driver is asked")
+	})
+}
+
+// Where the main thread was lent to a goroutine that moved it to the child
+// namespace, /proc/self/ns/net is the child's. That may cost the view, no more.
+func TestMisplacedMainThread(t *testing.T) {
+	if os.Getenv(unlockedMain) == "" {
+		cmd := exec.Command("/proc/self/exe", "-test.run=^TestMisplacedMainThread$", "-test.v")
+		cmd.Env = append(os.Environ(), unlockedMain+"=1", inNamespace+"=1")
+		out, err := cmd.CombinedOutput()
+		assert.NilError(t, err, "%s", out)
+		assert.Check(t, is.Contains(string(out), "the main thread is in the child"))
+		return
+	}
+	f := newHostFake(t)
+	occupy(t, "tcp", "0.0.0.0", 32768, 32867)
+	stateDir := t.TempDir()
+	t.Setenv("ROOTLESSKIT_STATE_DIR", stateDir)
+
+	// Goroutines that all hold a thread, until one of them has the main one. It
+	// ends with the thread locked: the runtime parks that thread for ever.
+	moved := make(chan error)
+	release := make(chan struct{})
+	for range 100 {
+		go func() {
+			runtime.LockOSThread()
+			if unix.Gettid() != os.Getpid() {
+				<-release
+				runtime.UnlockOSThread()
+				return
+			}
+			err := unix.Unshare(unix.CLONE_NEWNET)
+			if err == nil {
+				err = bringUpLoopback()
+			}
+			moved <- err
+		}()
+	}
+	select {
+	case err := <-moved:
+		assert.NilError(t, err)
+	case <-time.After(time.Minute):
+		t.Fatal("no goroutine got the main thread")
+	}
+	close(release)
+	assert.Check(t, netNSAt("/proc/self/ns/net") != hostNetNS)
+	t.Log("the main thread is in the child")
+
+	runtime.LockOSThread() // For good: the process ends after this test.
+	child, err := unix.Open("/proc/self/ns/net", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	assert.NilError(t, err)
+	assert.NilError(t, unix.Setns(child, unix.CLONE_NEWNET))
+	assert.NilError(t, unix.Close(child))
+	assert.NilError(t, os.Symlink("/proc/self/ns/net", filepath.Join(stateDir, "netns")))
+	port := published(t, f, ask(types.TCP, 0, 0, "0.0.0.0"))
+	assert.Check(t, port > 32867, "%d is another process's", port)
+}
+
+func TestSettingsThatCannotBeUnderstood(t *testing.T) {
+	for _, text := range []string{"a", "1-b", "-", "1-2-3", "65536"} {
+		_, err := parsePortSet(text)
+		assert.Check(t, is.ErrorContains(err, "strconv"), text)
+	}
+	set, err := parsePortSet("8080,9000-9010,65535")
+	assert.Check(t, err)
+	for port, want := range map[int]bool{8079: false, 8080: true, 8081: false, 8999: false, 9000: true, 9010: true, 9011: false, 65535: true} {
+		assert.Check(t, is.Equal(set.has(port), want), port)
+	}
+	_, err = readSetting(nil)
+	assert.Check(t, is.ErrorIs(err, os.ErrInvalid))
+}
+
+func TestBusyFixedPortSaysWhoHasIt(t *testing.T) {
+	for _, proto := range []types.Protocol{types.TCP, types.UDP} {
+		t.Run(proto.String(), func(t *testing.T) {
+			f := newHostFake(t)
+			synctest.Test(t, func(t *testing.T) { // holderLimit does not pass.
+				inChild(t)
+				occupy(t, proto.String(), "127.0.0.1", 8080, 8080)
+				err := refused(t, f, context.Background(), ask(proto, 8080, 8080, "0.0.0.0"))
+				assert.Check(t, is.ErrorContains(err, "; another process of this user has it; stop what holds it"))
+			})
+		})
+	}
+	t.Run("a container of this daemon", func(t *testing.T) {
+		f := newHostFake(t)
+		f.child4 = netip.MustParseAddr("127.0.0.1")
+		inChild(t)
+		pm := NewPortMapper(Config{RlkClient: f})
+		pbs, err := pm.MapPorts(context.Background(), ask(types.TCP, 8080, 8080, "127.0.0.2"))
+		assert.NilError(t, err)
+		_, err = pm.MapPorts(context.Background(), ask(types.TCP, 8080, 8080, "0.0.0.0"))
+		assert.Check(t, is.ErrorContains(err, "; a container of this daemon (on another host address) has it"))
+		assert.Check(t, pm.UnmapPorts(context.Background(), pbs))
+	})
+	t.Run("nobody", func(t *testing.T) {
+		assert.Check(t, is.Equal(holder(types.TCP, netip.IPv4Unspecified(), 1), ""))
+	})
+	t.Run("IPv6 only", func(t *testing.T) {
+		occupy(t, "tcp", "::", 8081, 8081)
+		assert.Check(t, is.Equal(holder(types.TCP, netip.IPv4Unspecified(), 8081), ""))
+		assert.Check(t, is.Equal(holder(types.TCP, netip.IPv6Loopback(), 8081), "another process of this user"))
+	})
+	t.Run("IPv6 and IPv4", func(t *testing.T) {
+		var l net.Listener
+		onHost(func() {
+			var err error
+			l, err = net.Listen("tcp", ":8082")
+			assert.NilError(t, err)
+		})
+		defer l.Close()
+		assert.Check(t, is.Equal(holder(types.TCP, netip.IPv4Unspecified(), 8082), "another process of this user"))
+	})
+}
