@@ -312,15 +312,11 @@ func (r refuser) AddPort(context.Context, string, netip.Addr, netip.Addr, int) (
 type witness struct {
 	Client
 	asked  []int
-	seen   func(asked int)
 	remove func() error // of what was exposed last
 }
 
 func (w *witness) AddPort(ctx context.Context, proto string, hostIP, childIP netip.Addr, hostPort int) (func() error, error) {
 	w.asked = append(w.asked, hostPort)
-	if w.seen != nil {
-		w.seen(len(w.asked))
-	}
 	var err error
 	w.remove, err = w.Client.AddPort(ctx, proto, hostIP, childIP, hostPort)
 	return w.remove, err
