@@ -5,7 +5,6 @@ import (
 	"errors"
 	"net/netip"
 	"os"
-	"slices"
 
 	"github.com/containerd/log"
 	"github.com/moby/moby/v2/daemon/libnetwork/portallocator"
@@ -19,11 +18,11 @@ type attempt struct {
 	leases *reservations
 	port   int
 	socks  []*os.File // by child address, as req.binds has them
-	ends   []end      // by host address
+	parts  []part     // by host address
 }
 
-// end is what a host address has of an attempt.
-type end struct {
+// part is what a host address has of an attempt.
+type part struct {
 	remove      func() error
 	unsupported bool
 	unsettled   *unsettled
@@ -37,18 +36,17 @@ func try(ctx context.Context, r *request, driver PortDriverClient, leases *reser
 	if err != nil {
 		return nil, &childRefusal{first: first, err: err}
 	}
-	a := &attempt{req: r, leases: leases, port: port, socks: socks, ends: make([]end, len(r.hosts))}
-	for i := range r.hosts {
-		leases.join(a.req.childPort(i, a.port))
+	a := &attempt{req: r, leases: leases, port: port, socks: socks, parts: make([]part, len(r.addrs))}
+	for i := range r.addrs {
+		leases.join(r.childPort(i, port))
 	}
 	if driver == nil {
 		return a, nil
 	}
-	if err := a.publish(ctx, driver); err != nil {
+	if err = a.publish(ctx, driver); err != nil {
 		a.undo(ctx)
-		return a, err
 	}
-	return a, nil
+	return a, err
 }
 
 // publish has the driver expose the port on the host, address by address.
@@ -58,36 +56,32 @@ func (a *attempt) publish(ctx context.Context, driver PortDriverClient) error {
 	if ctx.Done() != nil {
 		callCtx = context.WithoutCancel(ctx)
 	}
-	served := len(a.ends)
-	for i, host := range a.req.hosts {
+	served := len(a.parts)
+	for i, addr := range a.req.addrs {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		e := &a.ends[i]
+		p := &a.parts[i]
 		var err error
-		if e.remove, err = driver.AddPort(callCtx, a.req.proto.String(), host, a.req.children[i], a.port); err == nil {
+		p.remove, err = driver.AddPort(callCtx, a.req.proto.String(), addr.host, addr.child, a.port)
+		if err == nil {
 			continue
 		}
 		if isUnsupported(err) {
-			log.G(ctx).WithFields(log.Fields{"error": err}).Warnf("discarding request for %q", netip.AddrPortFrom(host, uint16(a.port)))
-			e.unsupported = true
+			log.G(ctx).WithFields(log.Fields{"error": err}).Warnf("discarding request for %q", netip.AddrPortFrom(addr.host, uint16(a.port)))
+			p.unsupported = true
 			if served--; served > 0 {
 				continue
 			}
 		}
-		if !errors.As(err, &e.unsettled) && isLost(err) && a.shared(i) {
-			e.unsettled = &unsettled{err: err} // RootlessKit wouldn't tell that it has it.
+		// RootlessKit would take the child port for another host address, too.
+		sharable := !addr.host.IsUnspecified() && !(addr.child.Is4() && addr.child.IsLoopback())
+		if !errors.As(err, &p.unsettled) && isLost(err) && sharable {
+			p.unsettled = &unsettled{err: err}
 		}
-		return &hostRefusal{host: host, port: a.port, proto: a.req.proto, err: err}
+		return &hostRefusal{addr.host, a.port, a.req.proto, err}
 	}
 	return ctx.Err()
-}
-
-// shared tells whether other host addresses have the child address of the i-th
-// one: RootlessKit could have the port on each of them.
-func (a *attempt) shared(i int) bool {
-	child := a.req.children[i]
-	return !a.req.hosts[i].IsUnspecified() && !(child.Is4() && child.IsLoopback())
 }
 
 // undo closes the child's sockets and undoes what the driver did.
@@ -97,9 +91,9 @@ func (a *attempt) undo(ctx context.Context) {
 			log.G(ctx).WithFields(log.Fields{"port": a.port, "error": err}).Warn("Failed to close a socket in the child namespace")
 		}
 	}
-	for i := range a.ends {
-		if e := &a.ends[i]; e.remove != nil {
-			if err := e.remove(); err != nil && !errors.As(err, &e.unsettled) {
+	for i := range a.parts {
+		if p := &a.parts[i]; p.remove != nil {
+			if err := p.remove(); err != nil && !errors.As(err, &p.unsettled) {
 				log.G(ctx).WithFields(log.Fields{"error": err}).Warn("A host port that is not needed was not removed: it is tried again")
 			}
 		}
@@ -108,32 +102,26 @@ func (a *attempt) undo(ctx context.Context) {
 
 // letGo ends the reservation of an attempt that was undone.
 func (a *attempt) letGo() {
-	for i, e := range a.ends {
-		a.leases.leave(a.req.childPort(i, a.port), e.unsettled)
+	for i, p := range a.parts {
+		a.leases.leave(a.req.childPort(i, a.port), p.unsettled)
 	}
 }
 
-// bindings are what a successful attempt made of cfg, whose entries are those
-// of the request.
-func (a *attempt) bindings(cfg []portmapperapi.PortBindingReq) []portmapperapi.PortBinding {
-	pbs := make([]portmapperapi.PortBinding, len(cfg))
-	for i, c := range cfg {
-		child := a.req.children[i]
-		pb := portmapperapi.PortBinding{
-			PortBinding:            c.PortBinding.Copy(),
-			ChildHostIP:            child.AsSlice(),
-			PortDriverRemove:       a.ends[i].remove,
-			RootlesskitUnsupported: a.ends[i].unsupported,
-		}
+// bindings are what a successful attempt made. Host addresses that share a child
+// address share its socket and its NAT rules; the first of them has both.
+func (a *attempt) bindings() []portmapperapi.PortBinding {
+	pbs := make([]portmapperapi.PortBinding, len(a.parts))
+	socks := a.socks
+	for i, addr := range a.req.addrs {
+		pb := &pbs[i]
+		pb.PortBinding = addr.cfg.PortBinding.Copy()
 		pb.HostPort, pb.HostPortEnd = uint16(a.port), uint16(a.port)
-		// Host addresses that share a child address share its socket and its
-		// NAT rules; the first of them has both.
-		if n := slices.Index(a.req.children, child); n == i {
-			n = slices.IndexFunc(a.req.binds, pb.ChildHostIP.Equal)
-			pb.BoundSocket = a.socks[n]
-			pb.NAT = netip.AddrPortFrom(child, uint16(a.port))
+		pb.ChildHostIP = addr.child.AsSlice()
+		pb.PortDriverRemove, pb.RootlesskitUnsupported = a.parts[i].remove, a.parts[i].unsupported
+		if !addr.shares {
+			pb.BoundSocket, socks = socks[0], socks[1:]
+			pb.NAT = netip.AddrPortFrom(addr.child, pb.HostPort)
 		}
-		pbs[i] = pb
 	}
 	return pbs
 }

@@ -16,11 +16,6 @@ type childIPs struct {
 
 	mu     sync.Mutex
 	byHost map[netip.Addr]netip.Addr
-	last   netip.Addr
-}
-
-func newChildIPs(driver PortDriverClient) *childIPs {
-	return &childIPs{PortDriverClient: driver, byHost: map[netip.Addr]netip.Addr{}, last: netip.AddrFrom4([4]byte{127, 128, 0, 0})}
 }
 
 func (c *childIPs) ChildHostIP(proto string, host netip.Addr) netip.Addr {
@@ -32,8 +27,8 @@ func (c *childIPs) ChildHostIP(proto string, host netip.Addr) netip.Addr {
 	defer c.mu.Unlock()
 	own, ok := c.byHost[host]
 	if !ok {
-		c.last = c.last.Next()
-		own = c.last
+		n := len(c.byHost) + 1
+		own = netip.AddrFrom4([4]byte{127, 128 + byte(n>>16), byte(n >> 8), byte(n)})
 		c.byHost[host] = own
 	}
 	return own

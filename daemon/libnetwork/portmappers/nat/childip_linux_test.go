@@ -13,7 +13,7 @@ func TestHostAddressesHaveChildAddressesOfTheirOwn(t *testing.T) {
 	localhost := netip.MustParseAddr("127.0.0.1")
 	f := newFake(t)
 	f.child4 = localhost
-	c := newChildIPs(f)
+	c := childIPs{PortDriverClient: f, byHost: map[netip.Addr]netip.Addr{}}
 	seen := map[netip.Addr]bool{}
 	host := netip.MustParseAddr("10.0.0.0")
 	for range 1000 {

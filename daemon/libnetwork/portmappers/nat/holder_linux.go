@@ -20,33 +20,30 @@ const overflowUID = 65534
 
 // holder tells whose port on addr is, on the host: "" if that can't be seen, or
 // takes too long. Which process it is, the daemon's user namespace hides.
-func holder(proto types.Protocol, addr netip.Addr, port int) string {
-	who := make(chan string, 1)
-	go onHost(func() { who <- findHolder(proto, addr, port) })
+func holder(proto types.Protocol, addr netip.Addr, port int) (who string) {
+	found := make(chan *netlink.Socket, 1)
+	go onHost(func() {
+		s := socketAt(proto, addr, port)
+		if s == nil && addr.Is4() && (&look{proto: proto}).refusal(addr, port) != nil {
+			// No IPv4 socket has it: then one of [::] that takes IPv4, too.
+			s = socketAt(proto, netip.IPv6Unspecified(), port)
+		}
+		found <- s
+	})
 	select {
-	case w := <-who:
-		return w
+	case s := <-found:
+		switch {
+		case s == nil:
+			return ""
+		case s.UID == overflowUID:
+			return "another user's process"
+		case s.UID == uint32(os.Getuid()):
+			return "another process of this user"
+		}
+		return fmt.Sprintf("a container's process (of user %d in this daemon's user namespace)", s.UID)
 	case <-time.After(holderLimit):
 		return ""
 	}
-}
-
-// findHolder is holder, on the host.
-func findHolder(proto types.Protocol, addr netip.Addr, port int) string {
-	found := socketAt(proto, addr, port)
-	if found == nil && addr.Is4() && (&look{proto: proto}).refusal(addr, port) != nil {
-		// No IPv4 socket has it: then one of [::] that takes IPv4, too.
-		found = socketAt(proto, netip.IPv6Unspecified(), port)
-	}
-	switch {
-	case found == nil:
-		return ""
-	case found.UID == overflowUID:
-		return "another user's process"
-	case found.UID == uint32(os.Getuid()):
-		return "another process of this user"
-	}
-	return fmt.Sprintf("a container's process (of user %d in this daemon's user namespace)", found.UID)
 }
 
 // socketAt returns a socket of addr's family that keeps another one from it.
@@ -61,11 +58,9 @@ func socketAt(proto types.Protocol, addr netip.Addr, port int) (found *netlink.S
 	socks, _ := list(family)
 	for _, s := range socks {
 		at, _ := netip.AddrFromSlice(s.ID.Source)
-		if int(s.ID.SourcePort) != port || s.INode == 0 || at != addr && !at.IsUnspecified() && !addr.IsUnspecified() {
-			continue
-		}
+		inTheWay := at == addr || at.IsUnspecified() || addr.IsUnspecified()
 		// A listener says more than a connection that is in the way, too.
-		if found == nil || s.State == netlink.TCP_LISTEN {
+		if inTheWay && int(s.ID.SourcePort) == port && s.INode != 0 && (found == nil || s.State == netlink.TCP_LISTEN) {
 			found = s
 		}
 	}

@@ -6,6 +6,9 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"strconv"
+	"strings"
+	"sync"
 
 	"github.com/moby/moby/v2/daemon/libnetwork/types"
 	"golang.org/x/sys/unix"
@@ -40,8 +43,7 @@ func hostInSight() bool {
 
 // onHost calls f on a thread of the host's network namespace, and returns false
 // if it got none. All threads of the daemon are there, but those that were
-// locked to go elsewhere. The caller's thread is not kept waiting for long:
-// what f does is bounded.
+// locked to go elsewhere. The caller waits for f, which takes milliseconds.
 func onHost(f func()) bool {
 	done := make(chan bool)
 	go func() {
@@ -66,46 +68,42 @@ type look struct {
 	exclusive bool
 }
 
-// find returns the first of the ports that next gives, until 0, which is free
-// on each of the addresses. Where it can't be told, the port driver is asked:
-// only what is in use counts as taken. It is called on the host, and leaves no
-// socket open. A failed bind leaves a socket as it was, so that one does for
-// many: a taken port costs one system call.
-func (l *look) find(next func() int) int {
-	fds := make([]int, len(l.addrs))
-	for i := range fds {
-		fds[i] = -1
-	}
-	drop := func(i int) {
-		if fds[i] >= 0 {
-			unix.Close(fds[i])
-			fds[i] = -1
+// find returns the first of the ports that next gives, until 0, which is free on
+// each of the addresses, and the address where the last one before it was taken.
+// Where it can't be told, the port driver is asked: only what is in use counts
+// as taken. It is called on the host, and leaves no socket open. A failed bind
+// leaves a socket as it was, so that a taken port costs one system call.
+func (l *look) find(next func() int) (free int, taken netip.Addr) {
+	var fds []int
+	drop := func() {
+		for _, fd := range fds {
+			unix.Close(fd)
 		}
+		fds = fds[:0]
 	}
-	defer func() {
-		for i := range fds {
-			drop(i)
-		}
-	}()
-ports:
-	for port := next(); port != 0; port = next() {
-		for i, addr := range l.addrs {
-			if fds[i] < 0 {
-				var err error
-				if fds[i], err = socket(l.proto, addr, !l.exclusive); err != nil {
-					return port
+	defer drop()
+	for free = next(); free != 0; free = next() {
+		n := 0
+		for ; n < len(l.addrs); n++ {
+			if n == len(fds) {
+				fd, err := socket(l.proto, l.addrs[n], !l.exclusive)
+				if err != nil {
+					return free, taken
 				}
+				fds = append(fds, fd)
 			}
-			if unix.Bind(fds[i], sockaddr(addr, port)) == unix.EADDRINUSE {
-				for j := range i { // These are bound.
-					drop(j)
-				}
-				continue ports
+			if unix.Bind(fds[n], sockaddr(l.addrs[n], free)) == unix.EADDRINUSE {
+				break
 			}
 		}
-		return port
+		if n == len(l.addrs) {
+			break
+		}
+		if taken = l.addrs[n]; n > 0 { // The first n are bound.
+			drop()
+		}
 	}
-	return 0
+	return free, taken
 }
 
 // refusal tells why port can't be had on addr, with the text that RootlessKit's
@@ -127,9 +125,13 @@ func bind(fd int, proto types.Protocol, addr netip.Addr, port int, listen bool) 
 		err = unix.Listen(fd, 1)
 	}
 	if err != nil {
-		return fmt.Errorf("listen %s %s: bind: %w", network(proto, addr), netip.AddrPortFrom(addr, uint16(port)), err)
+		err = listenError(proto, addr, port, err)
 	}
-	return nil
+	return err
+}
+
+func listenError(proto types.Protocol, addr netip.Addr, port int, err error) error {
+	return fmt.Errorf("listen %s %s: bind: %w", network(proto, addr.Is6()), netip.AddrPortFrom(addr, uint16(port)), err)
 }
 
 // socket makes a socket in the calling thread's namespace, to bind to addr. One
@@ -143,20 +145,16 @@ func socket(proto types.Protocol, addr netip.Addr, reuse bool) (int, error) {
 		typ = unix.SOCK_STREAM
 	}
 	fd, err := unix.Socket(domain, typ|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return -1, err
-	}
-	if reuse && proto == types.TCP {
+	if err == nil && reuse && proto == types.TCP {
 		err = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1)
 	}
 	if err == nil && domain == unix.AF_INET6 {
 		err = unix.SetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_V6ONLY, 1)
 	}
-	if err != nil {
+	if err != nil && fd >= 0 {
 		unix.Close(fd)
-		return -1, err
 	}
-	return fd, nil
+	return fd, err
 }
 
 func sockaddr(addr netip.Addr, port int) unix.Sockaddr {
@@ -164,4 +162,61 @@ func sockaddr(addr netip.Addr, port int) unix.Sockaddr {
 		return &unix.SockaddrInet6{Addr: addr.As16(), Port: port}
 	}
 	return &unix.SockaddrInet4{Addr: addr.As4(), Port: port}
+}
+
+// settings has files of the host's settings (ip-sysctl.rst), by name. Whichever
+// thread reads one at offset 0 gets what is set on the host now.
+var settings = sync.OnceValue(func() map[string]*os.File {
+	files := map[string]*os.File{portRange: nil, reservedPorts: nil, unprivilegedStart: nil}
+	onHost(func() {
+		for name := range files {
+			files[name], _ = os.Open(name) // A nil file's reads fail.
+		}
+	})
+	return files
+})
+
+const (
+	portRange         = "/proc/sys/net/ipv4/ip_local_port_range"
+	reservedPorts     = "/proc/sys/net/ipv4/ip_local_reserved_ports"
+	unprivilegedStart = "/proc/sys/net/ipv4/ip_unprivileged_port_start"
+)
+
+// hostSetting returns a setting, in one read: the kernel has no more to say at
+// another offset, and cuts what the buffer can't take.
+func hostSetting(name string) string {
+	for size := 64; ; size *= 16 {
+		buf := make([]byte, size)
+		if n, _ := settings()[name].ReadAt(buf, 0); n < size { // With an error.
+			return strings.TrimSpace(string(buf[:max(n, 0)]))
+		}
+	}
+}
+
+// hostUnprivileged returns the host's first port that takes no privilege, or 0.
+func hostUnprivileged() int {
+	port, _ := strconv.Atoi(hostSetting(unprivilegedStart))
+	return port
+}
+
+// portSet has a bit for each port.
+type portSet [65536 / 64]uint64
+
+func (s *portSet) has(port int) bool { return s[port/64]&(1<<(port%64)) != 0 }
+
+func (s *portSet) add(port int) { s[port/64] |= 1 << (port % 64) }
+
+// parse adds "8080,9000-9010" to the set. What can't be understood is left out.
+func (s *portSet) parse(text string) {
+	for part := range strings.SplitSeq(strings.TrimSpace(text), ",") {
+		a, b, isRange := strings.Cut(part, "-")
+		first, err := strconv.ParseUint(a, 10, 16)
+		last := first
+		if isRange && err == nil {
+			last, err = strconv.ParseUint(b, 10, 16)
+		}
+		for ; err == nil && first <= last; first++ {
+			s.add(int(first))
+		}
+	}
 }

@@ -1,8 +1,11 @@
 package nat
 
 import (
+	"fmt"
 	"math/rand/v2"
 	"sync/atomic"
+
+	"golang.org/x/sys/unix"
 )
 
 const (
@@ -10,35 +13,37 @@ const (
 	// elsewhere: taken ports often come in blocks.
 	jumpAfter = 512
 	// jumpAfterRefusals is the same for ports that are free as far as can be seen,
-	// and which the port driver refuses all the same.
+	// and which the port driver refuses all the same. There may be maxRefusals.
 	jumpAfterRefusals = 8
-	// maxRefusals is how many of those there may be.
-	maxRefusals = 64
+	maxRefusals       = 64
 )
 
 // hostPorts is the source of the ports that are free on the host, one by one:
 // of a user's own range in order, and of the dynamic range from the one on that
 // comes after the port given last.
 type hostPorts struct {
-	look        look
+	look        *look
+	own         *reservations // This daemon's own ports need no look.
 	first, last int
 	dynamic     bool
 	cursor      *atomic.Int32 // cursor is the dynamic port that was given last.
 
-	at       int      // at is the next port to look at.
-	done     *portSet // done has the ports that were given, or taken, or are not to be used.
-	tried    int      // tried is the number of ports looked at, or given.
-	row      int      // row is the number of taken ports in a row.
+	at       int     // at is the next port to look at.
+	done     portSet // done has the ports that were given, or taken, or are not to be used.
+	tried    int     // tried is the number of ports looked at, or given.
+	row      int     // row is the number of taken ports in a row.
 	refusals int
+	taken    error // taken is the last look that found a port taken.
 }
 
-func newHostPorts(l look, r *request, cursor *atomic.Int32) (*hostPorts, error) {
-	h := &hostPorts{look: l, first: r.first, last: r.last, dynamic: r.dynamic(), cursor: cursor}
+func newHostPorts(l *look, r *request, own *reservations, cursor *atomic.Int32) (*hostPorts, error) {
+	h := &hostPorts{look: l, own: own, first: r.first, last: r.last, dynamic: r.dynamic(), cursor: cursor}
 	if h.dynamic {
-		var err error
-		if h.first, h.last, h.done, err = hostDynamicPorts(); err != nil {
-			return nil, err
+		text := hostSetting(portRange)
+		if n, _ := fmt.Sscan(text, &h.first, &h.last); n != 2 || h.first < 1 || h.last > 65535 || h.last < h.first {
+			return nil, fmt.Errorf("%s is %q: want two ports", portRange, text)
 		}
+		h.done.parse(hostSetting(reservedPorts))
 		h.at = int(cursor.Load()) + 1
 	}
 	if h.at < h.first || h.at > h.last {
@@ -49,22 +54,31 @@ func newHostPorts(l look, r *request, cursor *atomic.Int32) (*hostPorts, error) 
 
 func (h *hostPorts) next() (first, last int, ok bool) {
 	port := 0
-	switch {
-	case h.refusals >= maxRefusals:
-	case h.tried == 0:
-		// Without a look: it is free as a rule, and to look takes another thread.
-		port = h.step()
-	case !onHost(func() { port = h.look.find(h.step) }):
-		port = h.step() // The port driver will see.
+	if h.tried == 0 {
+		port = h.step() // Without a look: it is free as a rule, and to look takes another thread.
+	} else if h.refusals < maxRefusals {
+		h.own.ports(h.look.proto, &h.done)
+		if !onHost(func() { port = h.find() }) {
+			port = h.step() // The port driver will see.
+		}
 	}
-	if port == 0 {
-		return 0, 0, false
-	}
-	h.row = 0
-	if h.dynamic {
+	if h.row = 0; h.dynamic && port != 0 {
 		h.cursor.Store(int32(port))
 	}
-	return port, port, true
+	return port, port, port != 0
+}
+
+// find looks for a free port, on the host.
+func (h *hostPorts) find() int {
+	var before, last int
+	free, addr := h.look.find(func() int {
+		before, last = last, h.step()
+		return last
+	})
+	if addr.IsValid() {
+		h.taken = &hostRefusal{addr, before, h.look.proto, listenError(h.look.proto, addr, before, unix.EADDRINUSE)}
+	}
+	return free
 }
 
 // step returns the next port to look at, or 0 if there are no more.
@@ -78,9 +92,6 @@ func (h *hostPorts) step() int {
 			h.at = h.first
 		}
 		if !h.done.has(port) {
-			if h.done == nil {
-				h.done = new(portSet)
-			}
 			h.done.add(port)
 			h.tried++
 			return port
@@ -90,9 +101,7 @@ func (h *hostPorts) step() int {
 }
 
 // jump goes on at any other place.
-func (h *hostPorts) jump() {
-	h.row, h.at = 0, h.first+rand.N(h.last-h.first+1)
-}
+func (h *hostPorts) jump() { h.row, h.at = 0, h.first+rand.N(h.last-h.first+1) }
 
 func (h *hostPorts) refused(_, port int) {
 	if port == 0 || !h.dynamic { // The child's are not the driver's to know.
@@ -103,6 +112,6 @@ func (h *hostPorts) refused(_, port int) {
 	}
 }
 
-func (h *hostPorts) count() int { return h.tried }
-
 func (h *hostPorts) ports() (first, last int) { return h.first, h.last }
+
+func (h *hostPorts) seen() (tried int, taken error) { return h.tried, h.taken }

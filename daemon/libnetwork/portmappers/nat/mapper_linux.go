@@ -38,7 +38,7 @@ type rooms struct {
 	driver  PortDriverClient // nil: nobody is asked.
 	pasta   *pasta           // nil: RootlessKit's port driver is not "implicit".
 	leases  *reservations
-	cursors [2]atomic.Int32 // by protocol, TCP and UDP: see hostPorts
+	cursors map[types.Protocol]*atomic.Int32 // See hostPorts.
 }
 
 // Config is the configuration of a PortMapper.
@@ -50,12 +50,15 @@ type Config struct {
 
 // NewPortMapper returns a PortMapper that asks cfg.RlkClient for host ports.
 func NewPortMapper(cfg Config) PortMapper {
-	m := &rooms{leases: newReservations()}
+	m := &rooms{
+		leases:  &reservations{parts: map[childPort]int{}, late: map[*unsettled]childPort{}},
+		cursors: map[types.Protocol]*atomic.Int32{types.TCP: {}, types.UDP: {}},
+	}
 	// Upstream's client is a nil pointer where there is none to ask. Then, as no
 	// port driver's, its address for 0.0.0.0 in the child is that one.
 	any4 := netip.IPv4Unspecified()
 	if c := cfg.RlkClient; c != nil && c.ChildHostIP("tcp", any4) != any4 {
-		m.driver = newSilence(newChildIPs(c))
+		m.driver = &silence{PortDriverClient: &childIPs{PortDriverClient: c, byHost: map[netip.Addr]netip.Addr{}}}
 	} else if os.Getenv("ROOTLESSKIT_STATE_DIR") != "" && portDriverIsImplicit() {
 		m.usePasta()
 	}
@@ -65,8 +68,8 @@ func NewPortMapper(cfg Config) PortMapper {
 // usePasta starts at any place, since other daemons look at the same host.
 func (m *rooms) usePasta() {
 	m.pasta = &pasta{own: map[ownPort]ownBindings{}}
-	for i := range m.cursors {
-		m.cursors[i].Store(rand.Int32N(65536))
+	for _, c := range m.cursors {
+		c.Store(rand.Int32N(65536))
 	}
 }
 
@@ -88,70 +91,71 @@ func (pm PortMapper) MapPorts(ctx context.Context, cfg []portmapperapi.PortBindi
 	if m == nil {
 		m = &rooms{}
 	}
-	r, served, err := newRequest(cfg, m.driver)
+	r, err := newRequest(cfg, m.driver)
 	if err != nil {
 		return nil, err
 	}
-	s := search{req: r, driver: m.driver, leases: m.leases, source: newAllocatorPorts(r)}
+	s := search{req: r, driver: m.driver, leases: m.leases, ports: newAllocatorPorts(r)}
 	m.lookAtHost(ctx, &s)
-	if r.fixed() {
-		m.leases.wait(ctx, r)
-	}
 	if s.driver != nil || !r.fixed() {
 		if err := r.checkOverlap(); err != nil {
 			return nil, err
 		}
 	}
+	if s.driver != nil && r.fixed() {
+		m.leases.wait(ctx, r)
+	}
 	a, failed := s.run(ctx)
 	if failed != nil && m.pasta != nil && s.view != nil && !r.dynamic() && !r.fixed() {
-		s.driver, s.source = m.pasta.client(true), newAllocatorPorts(r)
+		s = search{req: r, driver: m.pasta.client(true), leases: m.leases, ports: newAllocatorPorts(r), view: s.view}
 		a, failed = s.run(ctx)
 	}
 	if failed != nil {
 		return nil, m.explain(&s, failed)
 	}
-	return a.bindings(served), nil
+	return a.bindings(), nil
 }
 
 // lookAtHost gives the search a view of the host, where that can be seen.
 func (m *rooms) lookAtHost(ctx context.Context, s *search) {
 	r := s.req
-	if m.driver == nil && m.pasta == nil || r.proto != types.TCP && r.proto != types.UDP || !hostInSight() {
+	if m.driver == nil && m.pasta == nil || m.cursors[r.proto] == nil || !hostInSight() {
 		return
 	}
-	s.view = &look{proto: r.proto, addrs: r.hosts}
+	s.view = &look{proto: r.proto}
 	if m.pasta != nil {
 		s.view.addrs, s.view.exclusive = pastaAddrs(), true
 		s.driver = m.pasta.client(r.fixed())
+	} else {
+		for _, a := range r.addrs {
+			s.view.addrs = append(s.view.addrs, a.host)
+		}
 	}
-	if !r.dynamic() && (r.fixed() || r.first < 1 || r.last < r.first) {
-		return // The allocator tells of an invalid range.
+	if r.dynamic() || 0 < r.first && r.first < r.last { // Of an invalid range, the allocator tells.
+		ports, err := newHostPorts(s.view, r, m.leases, m.cursors[r.proto])
+		if err != nil {
+			log.G(ctx).WithFields(log.Fields{"error": err}).Warn("The host's dynamic ports are not known: asking for the child's")
+			return
+		}
+		s.ports = ports
 	}
-	cursor := &m.cursors[0]
-	if r.proto == types.UDP {
-		cursor = &m.cursors[1]
-	}
-	ports, err := newHostPorts(*s.view, r, cursor)
-	if err != nil {
-		log.G(ctx).WithFields(log.Fields{"error": err}).Warn("The host's dynamic port range cannot be read: asking for ports of the child's")
-		return
-	}
-	s.source = ports
 }
 
 // explain gathers what is known of a failed search. A rootful daemon's errors
 // for a fixed port are the allocator's.
 func (m *rooms) explain(s *search, f *failure) error {
-	if child := (*childRefusal)(nil); s.driver == nil && s.req.fixed() && errors.As(f.last, &child) {
+	r, child := (*hostRefusal)(nil), (*childRefusal)(nil)
+	if s.driver == nil && s.req.fixed() && errors.As(f.last, &child) {
 		return child.err
 	}
 	var known facts
-	known.first, known.last = s.source.ports()
+	known.first, known.last = s.ports.ports()
 	if s.view != nil {
 		known.limit = hostUnprivileged()
 	}
-	if r := (*hostRefusal)(nil); s.req.fixed() && errors.As(f.last, &r) && causeOf(r, known.limit) == inUse {
-		if m.leases.ports(r.proto).has(r.port) {
+	if s.req.fixed() && errors.As(f.last, &r) && causeOf(r, known.limit) == inUse {
+		var own portSet
+		if m.leases.ports(r.proto, &own); own.has(r.port) {
 			known.holder = "a container of this daemon (on another host address)"
 		} else if s.view != nil {
 			known.holder = holder(r.proto, r.host, r.port)

@@ -1,13 +1,13 @@
 package nat
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"os"
-	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -55,14 +55,12 @@ func pastaAddrs() []netip.Addr {
 // Its API doesn't tell it from "none", which publishes nothing on the host; the
 // command line does. RootlessKit is this process's parent.
 func portDriverIsImplicit() bool {
-	cmdline, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", os.Getppid()))
-	return err == nil && isImplicit(cmdline)
+	cmdline, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", os.Getppid()))
+	return isImplicit(string(cmdline))
 }
 
-func isImplicit(cmdline []byte) bool {
-	args := bytes.Split(cmdline, []byte{0})
-	return slices.ContainsFunc(args, func(arg []byte) bool { return string(arg) == "--port-driver=implicit" }) ||
-		bytes.Contains(cmdline, []byte("\x00--port-driver\x00implicit\x00"))
+func isImplicit(cmdline string) bool {
+	return strings.Contains(cmdline, "\x00--port-driver=implicit\x00") || strings.Contains(cmdline, "\x00--port-driver\x00implicit\x00")
 }
 
 // client returns the driver for one request. If insist is set, which is for a
@@ -80,8 +78,8 @@ type pastaClient struct {
 
 func (c *pastaClient) ChildHostIP(_ string, hostIP netip.Addr) netip.Addr { return hostIP }
 
-// AddPort keeps the port on the host, for pasta. It is the view's: it fails
-// open, where the host can't be looked at.
+// AddPort keeps the port on the host, for pasta. It fails open, where the host
+// can't be looked at.
 func (c *pastaClient) AddPort(_ context.Context, proto string, _, _ netip.Addr, port int) (func() error, error) {
 	p := ownPort{types.ParseProtocol(proto), port}
 	c.mu.Lock()
@@ -90,59 +88,47 @@ func (c *pastaClient) AddPort(_ context.Context, proto string, _, _ netip.Addr, 
 		var err error
 		onHost(func() { err = c.keep(p) })
 		if err != nil {
+			c.letGo()
 			return nil, err
 		}
 		c.port = port
 	}
 	c.users++
-	for q, b := range c.own {
-		if b.over() {
-			delete(c.own, q)
-		}
-	}
+	maps.DeleteFunc(c.own, func(_ ownPort, b ownBindings) bool { return b.over() })
 	c.own[p] = ownBindings{n: c.own[p].n + 1}
 	var removed atomic.Bool
 	return func() error {
 		if removed.Swap(true) {
 			return errRemoved
 		}
-		return c.remove(p)
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		c.own[p] = ownBindings{n: c.own[p].n - 1, until: time.Now().Add(pastaLag)}
+		if c.users--; c.users == 0 {
+			c.letGo()
+		}
+		return nil
 	}, nil
 }
 
-// remove ends one address's part in the port, and what is kept with the last.
-func (c *pastaClient) remove(p ownPort) error {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.own[p] = ownBindings{n: c.own[p].n - 1, until: time.Now().Add(pastaLag)}
-	if c.users--; c.users > 0 {
-		return nil
-	}
-	var errs []error
+// letGo ends what is kept.
+func (c *pastaClient) letGo() {
 	for _, fd := range c.socks {
-		errs = append(errs, unix.Close(fd))
+		unix.Close(fd)
 	}
 	c.socks = nil
-	return errors.Join(errs...)
 }
 
 // keep binds p's port on all that pasta may bind, or returns why it can't. It is
 // called on the host.
-func (c *pastaClient) keep(p ownPort) (err error) {
-	defer func() {
-		if err != nil {
-			for _, fd := range c.socks {
-				unix.Close(fd)
-			}
-			c.socks = nil
-		}
-	}()
+func (c *pastaClient) keep(p ownPort) error {
+	// pasta takes the UDP port for every TCP port, too.
+	own := !c.own[ownPort{types.TCP, p.port}].over() || !c.own[ownPort{types.UDP, p.port}].over()
 	for _, addr := range pastaAddrs() {
 		fd, err := keepAt(p, addr, c.insist && p.proto == types.TCP)
-		switch {
-		case err == nil:
+		if err == nil {
 			c.socks = append(c.socks, fd)
-		case !c.insist || !errors.Is(err, unix.EADDRINUSE) || !c.isOwn(p.port):
+		} else if !c.insist || !own || !errors.Is(err, unix.EADDRINUSE) {
 			return err
 		}
 	}
@@ -163,11 +149,10 @@ func keepAt(p ownPort, addr netip.Addr, insist bool) (int, error) {
 	err = bind(fd, p.proto, addr, p.port, false)
 	if err != nil && insist {
 		if err = (&look{proto: p.proto}).refusal(addr, p.port); err == nil {
-			unix.Close(fd)
-			if fd, err = socket(p.proto, addr, true); err != nil {
-				return -1, err
+			// A failed bind leaves a socket as it was.
+			if err = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1); err == nil {
+				err = bind(fd, p.proto, addr, p.port, false)
 			}
-			err = bind(fd, p.proto, addr, p.port, false)
 		}
 	}
 	if err == nil {
@@ -175,13 +160,6 @@ func keepAt(p ownPort, addr netip.Addr, insist bool) (int, error) {
 	}
 	if err != nil {
 		unix.Close(fd)
-		return -1, err
 	}
-	return fd, nil
-}
-
-// isOwn tells whether port may be bound by this daemon's own pasta, which takes
-// the UDP port for every TCP port, too.
-func (p *pasta) isOwn(port int) bool {
-	return !p.own[ownPort{types.TCP, port}].over() || !p.own[ownPort{types.UDP, port}].over()
+	return fd, err
 }

@@ -45,7 +45,7 @@ func TestStrangersPortIsNotPublishedUnderPasta(t *testing.T) {
 	underPasta(t, func(t *testing.T, pm PortMapper) {
 		occupy(t, "tcp", "127.0.0.1", 32768, 32770)
 		occupy(t, "tcp", "::", 32771, 32771)
-		pm.rooms.cursors[0].Store(32767)
+		pm.rooms.cursors[types.TCP].Store(32767)
 		pbs := mapped(t, pm, ask(types.TCP, 0, 0, "127.0.0.1"))
 		assert.Check(t, is.Equal(pbs[0].HostPort, uint16(32772)))
 		unmap(t, pm, pbs)
@@ -181,6 +181,6 @@ func TestRootlessKitsCommandLine(t *testing.T) {
 		"rootlesskit\x00--net=pasta\x00--port-driver=none\x00x.sh\x00":        false,
 		"": false,
 	} {
-		assert.Check(t, is.Equal(isImplicit([]byte(cmdline)), want), cmdline)
+		assert.Check(t, is.Equal(isImplicit(cmdline), want), cmdline)
 	}
 }

@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/netip"
 	"net/url"
+	"slices"
 	"strings"
 
 	"github.com/moby/moby/v2/daemon/libnetwork/types"
@@ -16,17 +17,13 @@ import (
 )
 
 // verdict is the answer to "would another port help?".
-type verdict int
+type verdict string
 
 const (
-	maybe   verdict = iota // The driver doesn't say why, or nobody has seen this answer yet.
-	another                // This port can't be had.
-	no                     // The request itself can't be served.
+	maybe   verdict = "maybe another port" // The driver doesn't say why, or nobody has seen this answer yet.
+	another verdict = "another port"       // This port can't be had.
+	no      verdict = "no port"            // The request itself can't be served.
 )
-
-func (v verdict) String() string {
-	return [...]string{"maybe another port", "another port", "no port"}[v]
-}
 
 // cause is what a refusal is about. Where the signs of more than one meet in an
 // error, the last of them in this list holds.
@@ -55,53 +52,31 @@ func (c cause) verdict() verdict {
 	return no
 }
 
-// signs has what errors are known by. The errno of a port driver's refusal gets
+// signs has what a cause is known by. The errno of a port driver's refusal gets
 // lost in RootlessKit's API (an answer has only a message), so there is a text
 // for each, in lower case.
-var signs = []struct {
-	cause cause
-	errno unix.Errno // 0 when there is none.
-	text  string
+var signs = [...]struct {
+	errnos []unix.Errno
+	texts  []string
 }{
-	{inUse, unix.EADDRINUSE, "address already in use"},
-	{inUse, 0, "port is busy"},
-	{privileged, unix.EACCES, "permission denied"},
-	{reserved, 0, "forbidden by its access permissions"}, // Windows, where RootlessKit runs in WSL.
+	privileged: {[]unix.Errno{unix.EACCES}, []string{"permission denied"}},
+	inUse:      {[]unix.Errno{unix.EADDRINUSE}, []string{"address already in use", "port is busy"}},
+	reserved:   {nil, []string{"forbidden by its access permissions"}}, // Windows, where RootlessKit runs in WSL.
 	// RootlessKit (all port drivers), gvisor-tap-vsock, and the allocator.
-	{ours, 0, "conflict with id"},
-	{ours, 0, "proxy already running"},
-	{ours, 0, textAllocated},
-	{ours, 0, textAllAllocated},
-	{notHere, unix.EADDRNOTAVAIL, "cannot assign requested address"},
-	{invalid, unix.EINVAL, "invalid argument"},
-	{unserved, unix.EAFNOSUPPORT, "address family not supported by protocol"},
-	{unserved, unix.EPROTONOSUPPORT, "protocol not supported"},
-	{noRoom, unix.EMFILE, "too many open files"},
-	{noRoom, unix.ENFILE, "too many open files in system"},
-	{noRoom, unix.ENOBUFS, "no buffer space available"},
-	{noRoom, unix.ENOMEM, "cannot allocate memory"},
-	// RootlessKit's validation of a request.
-	{unserved, 0, "unknown proto"},
-	{invalid, 0, "invalid parentip"},
-	{invalid, 0, "invalid childip"},
-	{invalid, 0, "invalid parentport"},
-	{invalid, 0, "invalid childport"},
-	{unserved, 0, "no portdriver is available"},
-	// The port drivers builtin, gvisor-tap-vsock (and its way to say that it
-	// takes no IPv6 address), slirp4netns, and dockerd's client for them.
-	{unserved, 0, "unsupported port protocol"},
-	{unserved, 0, "unsupported protocol"},
-	{unserved, 0, "too many colons in address"},
-	{unserved, 0, "unsupported ip"},
-	{invalid, 0, "invalid ip"},
-	{unserved, 0, "bad arguments"},
-	{unserved, 0, textUnsupported},
-	// pesto, and what other than a port a port driver may lack.
-	{unserved, 0, "requires --ipv6"},
-	{unserved, 0, "unsupported childip"},
-	{unreached, 0, "executable file not found"},
-	{unreached, 0, "fork/exec"},
-	{unreached, 0, "dial unix"},
+	ours: {nil, []string{"conflict with id", "proxy already running", textAllocated, textAllAllocated}},
+	// RootlessKit's validation, and of the kernel's a link-local address without its zone.
+	invalid: {[]unix.Errno{unix.EINVAL}, []string{"invalid argument", "invalid parentip", "invalid childip", "invalid parentport", "invalid childport", "invalid ip"}},
+	notHere: {[]unix.Errno{unix.EADDRNOTAVAIL}, []string{"cannot assign requested address"}},
+	// Also dockerd's client, and gvisor-tap-vsock's way to say that it takes no IPv6 address.
+	unserved: {[]unix.Errno{unix.EAFNOSUPPORT, unix.EPROTONOSUPPORT}, []string{
+		"address family not supported by protocol", "protocol not supported", "unknown proto", "no portdriver is available",
+		"unsupported port protocol", "unsupported protocol", "too many colons in address", "unsupported ip", "bad arguments",
+		"requires --ipv6", "unsupported childip", textUnsupported,
+	}},
+	noRoom: {[]unix.Errno{unix.EMFILE, unix.ENFILE, unix.ENOBUFS, unix.ENOMEM}, []string{
+		"too many open files", "no buffer space available", "cannot allocate memory",
+	}},
+	unreached: {nil, []string{"executable file not found", "fork/exec", "dial unix"}},
 }
 
 const (
@@ -110,11 +85,7 @@ const (
 	// textUnsupported is what dockerd's client says of a protocol that the port
 	// driver does not serve (rlkclient.ProtocolUnsupportedError, an internal type).
 	textUnsupported = "is not supported by the rootlesskit port driver"
-	textCurrently   = "(currently "
 )
-
-// firstUnprivileged is the kernel's default for ip_unprivileged_port_start.
-const firstUnprivileged = 1024
 
 // errNoAnswer is the error of a request that was given up.
 var errNoAnswer = errors.New("RootlessKit's port driver did not answer in time")
@@ -148,24 +119,24 @@ func (r *childRefusal) Unwrap() error { return r.err }
 // privilege, or 0 if it can't be seen.
 func causeOf(err error, limit int) cause {
 	c, text := unclear, strings.ToLower(err.Error())
-	for _, s := range signs {
-		if s.cause > c && (strings.Contains(text, s.text) || s.errno != 0 && errors.Is(err, s.errno)) {
-			c = s.cause
+	for i, s := range signs {
+		if slices.ContainsFunc(s.texts, func(t string) bool { return strings.Contains(text, t) }) ||
+			slices.ContainsFunc(s.errnos, func(n unix.Errno) bool { return errors.Is(err, n) }) {
+			c = cause(i)
 		}
 	}
-	var child *childRefusal
-	if errors.As(err, &child) {
+	child, host, op := (*childRefusal)(nil), (*hostRefusal)(nil), (*net.OpError)(nil)
+	switch {
+	case errors.As(err, &child):
 		// It says what is wrong. Dynamic ports take no privilege: a policy denies them.
 		if c == unclear || c == privileged && child.first == 0 {
 			return invalid
 		}
-		return c
-	}
-	if isUnreached(err) || isLost(err) {
+	case errors.As(err, &op) && op.Op == "dial", isLost(err), errors.Is(err, errNoAnswer),
+		errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
+		// Whatever errno it has (EACCES for the API's socket) tells nothing about a port.
 		return unreached
-	}
-	var host *hostRefusal
-	if c == privileged && errors.As(err, &host) && host.port >= limitOf(err, limit) {
+	case c == privileged && errors.As(err, &host) && host.port >= limitOf(err, limit):
 		return unclear // A policy denies it: there is nothing to raise.
 	}
 	return c
@@ -177,33 +148,21 @@ func limitOf(err error, seen int) int {
 	if seen != 0 {
 		return seen
 	}
-	said := firstUnprivileged
-	if _, after, ok := strings.Cut(err.Error(), textCurrently); ok {
-		fmt.Sscan(after, &said) // What is no number leaves it.
+	said := 1024
+	if _, after, ok := strings.Cut(err.Error(), "(currently "); ok {
+		_, _ = fmt.Sscan(after, &said)
 	}
 	return said
-}
-
-// isUnreached tells whether err is about the way to RootlessKit, and not its
-// answer. Whatever errno it has (EACCES for the API's socket) tells nothing
-// about a port.
-func isUnreached(err error) bool {
-	var op *net.OpError
-	return errors.As(err, &op) && op.Op == "dial" || errors.Is(err, errNoAnswer) ||
-		errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded)
 }
 
 // isLost tells whether a request may have reached RootlessKit, and its answer
 // did not come back whole: what it did is not known.
 func isLost(err error) bool {
-	var (
-		urlErr    *url.Error
-		op        *net.OpError
-		syntaxErr *json.SyntaxError
-	)
-	isOp := errors.As(err, &op)
-	return !(isOp && op.Op == "dial") && (errors.As(err, &urlErr) || isOp && op.Op != "listen" ||
-		errors.As(err, &syntaxErr) || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF))
+	urlErr, op, syntax := (*url.Error)(nil), (*net.OpError)(nil), (*json.SyntaxError)(nil)
+	if errors.As(err, &op) {
+		return op.Op != "dial" && op.Op != "listen"
+	}
+	return errors.As(err, &urlErr) || errors.As(err, &syntax) || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF)
 }
 
 // isUnsupported tells whether the port driver does not serve the protocol.
@@ -215,6 +174,6 @@ func isUnsupported(err error) bool {
 // no such port. That is as good as having removed it.
 func isUnknownPort(err error) bool {
 	text := strings.ToLower(err.Error())
-	return strings.Contains(text, "unknown id") || strings.Contains(text, "unknown port id") ||
-		strings.Contains(text, "invalid id") || strings.Contains(text, "bad arguments.id")
+	return slices.ContainsFunc([]string{"unknown id", "unknown port id", "invalid id", "bad arguments.id"},
+		func(t string) bool { return strings.Contains(text, t) })
 }

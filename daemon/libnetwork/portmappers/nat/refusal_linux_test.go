@@ -117,24 +117,25 @@ func TestUnreachableAPI(t *testing.T) {
 	}
 }
 
-// FuzzVerdict joins two answers: no > another port > maybe.
-func FuzzVerdict(f *testing.F) {
+// FuzzCause joins two answers: no > another port > maybe.
+func FuzzCause(f *testing.F) {
 	for i, a := range answers {
 		f.Add(a.text, answers[len(answers)-1-i].text)
 		f.Add(answerPrefix+a.text, "")
 	}
+	of := func(text string) cause { return causeOf(errors.New(text), 0) }
 	f.Fuzz(func(t *testing.T, a, b string) {
-		va, vb := driverVerdict(errors.New(a)), driverVerdict(errors.New(b))
-		assert.Check(t, va >= maybe && va <= no)
-		assert.Check(t, is.Equal(driverVerdict(errors.New(a)), va), "the same text, another verdict")
+		ca, cb := of(a), of(b)
+		assert.Check(t, ca >= unclear && ca <= unreached)
+		assert.Check(t, is.Equal(of(a), ca), "the same text, another cause")
 		// Only ASCII is folded the same way up and down.
 		if strings.IndexFunc(a, func(r rune) bool { return r >= 0x80 }) < 0 {
-			assert.Check(t, is.Equal(driverVerdict(errors.New(strings.ToUpper(a))), va), "case matters")
+			assert.Check(t, is.Equal(of(strings.ToUpper(a)), ca), "case matters")
 		}
 		for _, joined := range []string{a + ": " + b, b + ": " + a} {
 			// Joining may make a phrase across the seam, never lose one.
-			assert.Check(t, driverVerdict(errors.New(joined)) >= max(va, vb))
+			assert.Check(t, of(joined) >= max(ca, cb))
 		}
-		assert.Check(t, is.Equal(driverVerdict(errors.New(a+"\n\n"+b)), max(va, vb)))
+		assert.Check(t, is.Equal(of(a+"\n\n"+b), max(ca, cb)))
 	})
 }

@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
-	"slices"
 	"strings"
 
 	"github.com/moby/moby/v2/daemon/libnetwork/portallocator"
@@ -16,56 +15,63 @@ import (
 // its host addresses.
 type request struct {
 	proto       types.Protocol
-	container   uint16       // container is the container's port.
-	first, last int          // The host ports that will do; both are 0 if any will.
-	hosts       []netip.Addr // The host addresses, in the order of the call.
-	children    []netip.Addr // What stands in for each in the child namespace.
-	binds       []net.IP     // The child addresses, each once.
+	container   uint16 // container is the container's port.
+	first, last int    // The host ports that will do; both are 0 if any will.
+	addrs       []address
+	binds       []net.IP // The child addresses, each once.
 }
 
-// newRequest makes the request of cfg for a driver, nil if nobody is asked. It
-// also returns the entries of cfg that the driver serves, in the same order.
-func newRequest(cfg []portmapperapi.PortBindingReq, driver PortDriverClient) (*request, []portmapperapi.PortBindingReq, error) {
-	c := cfg[0]
-	for _, o := range cfg[1:] {
-		if o.Proto != c.Proto || o.Port != c.Port || o.HostPort != c.HostPort || o.HostPortEnd != c.HostPortEnd {
-			return nil, nil, types.InternalErrorf("port binding mismatch %d/%s:%d-%d, %d/%s:%d-%d",
-				c.Port, c.Proto, c.HostPort, c.HostPortEnd, o.Port, o.Proto, o.HostPort, o.HostPortEnd)
-		}
-	}
-	addrs := make([]netip.Addr, 2*len(cfg))
+// address is a host address, what stands in for it in the child namespace, and
+// the caller's words for it.
+type address struct {
+	host, child netip.Addr
+	shares      bool // An address before it has the same child address.
+	cfg         portmapperapi.PortBindingReq
+}
+
+// newRequest makes the request of cfg, without what the driver does not serve. A
+// nil driver, which nobody asks, serves all.
+func newRequest(cfg []portmapperapi.PortBindingReq, driver PortDriverClient) (*request, error) {
+	f := cfg[0]
 	r := &request{
-		proto: c.Proto, container: c.Port, first: int(c.HostPort), last: int(c.HostPortEnd),
-		hosts: addrs[:0:len(cfg)], children: addrs[len(cfg):len(cfg)], binds: make([]net.IP, 0, len(cfg)),
+		proto: f.Proto, container: f.Port, first: int(f.HostPort), last: int(f.HostPortEnd),
+		addrs: make([]address, 0, len(cfg)), binds: make([]net.IP, 0, len(cfg)),
 	}
-	served := cfg
-	for i, c := range cfg {
-		host, _ := netip.AddrFromSlice(c.HostIP)
-		host = host.Unmap()
-		child := host
+	for _, c := range cfg {
+		if c.Proto != f.Proto || c.Port != f.Port || c.HostPort != f.HostPort || c.HostPortEnd != f.HostPortEnd {
+			return nil, types.InternalErrorf("port binding mismatch %d/%s:%d-%d, %d/%s:%d-%d",
+				f.Port, f.Proto, f.HostPort, f.HostPortEnd, c.Port, c.Proto, c.HostPort, c.HostPortEnd)
+		}
+		host, ok := netip.AddrFromSlice(c.HostIP)
+		a := address{host: host.Unmap(), child: host.Unmap(), cfg: c}
 		if driver != nil {
-			if !host.IsValid() {
-				return nil, nil, fmt.Errorf("invalid host IP address in %s", c.PortBinding)
+			if !ok {
+				return nil, fmt.Errorf("invalid host IP address in %s", c.PortBinding)
 			}
-			if child = driver.ChildHostIP(c.Proto.String(), host); !child.IsValid() {
-				if len(served) == len(cfg) {
-					served = slices.Clone(cfg[:i])
-				}
+			if a.child = driver.ChildHostIP(c.Proto.String(), a.host); !a.child.IsValid() {
 				continue
 			}
 		}
-		if len(served) < len(cfg) {
-			served = append(served, c)
+		for _, b := range r.addrs {
+			a.shares = a.shares || a.child == b.child
 		}
-		if !slices.Contains(r.children, child) {
-			r.binds = append(r.binds, child.AsSlice())
+		if !a.shares {
+			r.binds = append(r.binds, a.child.AsSlice())
 		}
-		r.hosts, r.children = append(r.hosts, host), append(r.children, child)
+		r.addrs = append(r.addrs, a)
 	}
-	if len(r.hosts) == 0 {
-		return nil, nil, notServed(cfg)
+	if len(r.addrs) > 0 {
+		return r, nil
 	}
-	return r, served, nil
+	if f.Proto != types.TCP && f.Proto != types.UDP && f.Proto != types.SCTP {
+		return nil, fmt.Errorf("cannot publish container port %d: unknown protocol %s", f.Port, f.Proto)
+	}
+	var on []string
+	for _, c := range cfg {
+		on = append(on, fmt.Sprintf("%s (%s)", c.HostIP, network(c.Proto, c.HostIP.To4() == nil)))
+	}
+	return nil, fmt.Errorf("cannot publish container port %d/%s on host address %s: RootlessKit's port driver does not support that; use another protocol or host address, or a port driver that supports it (DOCKERD_ROOTLESS_ROOTLESSKIT_PORT_DRIVER)",
+		f.Port, f.Proto, strings.Join(on, ", "))
 }
 
 // dynamic tells whether any host port will do.
@@ -87,19 +93,11 @@ func (r *request) ports() (first, last int) {
 // checkOverlap returns an error if two host addresses can't have the same port
 // on any host: no search would find one.
 func (r *request) checkOverlap() error {
-	ports := fmt.Sprint(r.first)
-	if r.first != r.last {
-		ports = fmt.Sprintf("%d-%d", r.first, r.last)
-	}
-	for i, a := range r.hosts {
-		for _, b := range r.hosts[i+1:] {
-			switch {
-			case a == b:
-				return fmt.Errorf("cannot publish container port %d/%s twice on host port %s of %s: address already in use; publish it once",
-					r.container, r.proto, ports, a)
-			case a.Is4() == b.Is4() && (a.IsUnspecified() || b.IsUnspecified()):
-				return fmt.Errorf("cannot publish container port %d/%s on host port %s of both %s and %s: address already in use; publish it on one of them",
-					r.container, r.proto, ports, a, b)
+	for i, a := range r.addrs {
+		for _, b := range r.addrs[:i] {
+			if a.host == b.host || a.host.Is4() == b.host.Is4() && (a.host.IsUnspecified() || b.host.IsUnspecified()) {
+				return fmt.Errorf("cannot publish container port %d/%s on one host port of both %s and %s: address already in use; publish it on one of them",
+					r.container, r.proto, b.host, a.host)
 			}
 		}
 	}
@@ -114,46 +112,25 @@ type childPort struct {
 
 // childPort returns what the i-th host address has of a port.
 func (r *request) childPort(i, port int) childPort {
-	return childPort{r.proto, netip.AddrPortFrom(r.children[i], uint16(port))}
+	return childPort{r.proto, netip.AddrPortFrom(r.addrs[i].child, uint16(port))}
 }
 
 // on lists the host addresses, as people write them.
 func (r *request) on() string {
-	var b strings.Builder
-	for i, h := range r.hosts {
-		if i > 0 {
-			b.WriteString(", ")
-		}
-		if h.Is6() {
-			fmt.Fprintf(&b, "[%s]", h)
+	var on []string
+	for _, a := range r.addrs {
+		if a.host.Is6() {
+			on = append(on, "["+a.host.String()+"]")
 		} else {
-			b.WriteString(h.String())
+			on = append(on, a.host.String())
 		}
 	}
-	return b.String()
-}
-
-// notServed is the error for cfg, when the port driver serves none of it.
-func notServed(cfg []portmapperapi.PortBindingReq) error {
-	c, r := cfg[0], request{}
-	if c.Proto != types.TCP && c.Proto != types.UDP && c.Proto != types.SCTP {
-		return fmt.Errorf("cannot publish container port %d: unknown protocol %s", c.Port, c.Proto)
-	}
-	var networks []string
-	for _, c := range cfg {
-		host, _ := netip.AddrFromSlice(c.HostIP)
-		r.hosts = append(r.hosts, host.Unmap())
-		if n := network(c.Proto, host.Unmap()); !slices.Contains(networks, n) {
-			networks = append(networks, n)
-		}
-	}
-	return fmt.Errorf("cannot publish container port %d/%s on host address %s: RootlessKit's port driver does not support %s; use another protocol or host address, or a port driver that supports it (DOCKERD_ROOTLESS_ROOTLESSKIT_PORT_DRIVER)",
-		c.Port, c.Proto, r.on(), strings.Join(networks, " and "))
+	return strings.Join(on, ", ")
 }
 
 // network is a protocol and an address family as RootlessKit names them.
-func network(proto types.Protocol, addr netip.Addr) string {
-	if addr.Is6() {
+func network(proto types.Protocol, ipv6 bool) string {
+	if ipv6 {
 		return proto.String() + "6"
 	}
 	return proto.String() + "4"

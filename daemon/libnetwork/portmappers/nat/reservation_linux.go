@@ -11,17 +11,13 @@ import (
 
 // reservations knows who still needs a child port that the allocator has
 // reserved: bindings, some of which share one, and calls to RootlessKit that are
-// not settled. Whoever leaves last ends the reservation. A nil one doesn't
-// share: the reservation ends with whoever leaves first.
+// not settled. Whoever leaves last ends the reservation. A nil one knows nobody:
+// the reservation ends with whoever leaves first.
 type reservations struct {
-	mu        sync.Mutex
-	joined    map[childPort]int
-	unsettled map[childPort]chan struct{} // Closed once their calls are settled.
-	vain      bool                        // vain is set once one was waited for in vain, until one is settled.
-}
-
-func newReservations() *reservations {
-	return &reservations{joined: map[childPort]int{}, unsettled: map[childPort]chan struct{}{}}
+	mu    sync.Mutex
+	parts map[childPort]int
+	late  map[*unsettled]childPort
+	vain  bool // vain is set once one of late was waited for in vain, until one is settled.
 }
 
 // join takes part in the reservation of p, which the caller made or has joined.
@@ -31,35 +27,34 @@ func (r *reservations) join(p childPort) {
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.joined[p]++
+	r.parts[p]++
 }
 
 // leave ends one part in the reservation of p: now or, where the call that
 // should have freed it on the host is unsettled, when that is settled.
 func (r *reservations) leave(p childPort, u *unsettled) {
-	switch {
-	case u == nil || r == nil:
+	if u == nil || r == nil {
 		r.end(p)
-	case u.settled != nil: // Else it stays: nobody will know.
-		ended := make(chan struct{})
+	} else if u.settled != nil { // Else it stays: nobody will know.
 		r.mu.Lock()
-		before := r.unsettled[p]
-		r.unsettled[p] = ended
+		r.late[u] = p
 		r.mu.Unlock()
 		go func() {
 			<-u.settled
-			r.end(p)
-			if before != nil { // Of another host address at the same child port.
-				<-before
-			}
-			r.mu.Lock()
-			r.vain = false
-			if r.unsettled[p] == ended {
-				delete(r.unsettled, p)
-			}
-			r.mu.Unlock()
-			close(ended)
+			r.settle(u)
 		}()
+	}
+}
+
+// settle ends the part of a call that is settled, once.
+func (r *reservations) settle(u *unsettled) {
+	r.mu.Lock()
+	p, ok := r.late[u]
+	delete(r.late, u)
+	r.vain = false
+	r.mu.Unlock()
+	if ok {
+		r.end(p)
 	}
 }
 
@@ -67,60 +62,56 @@ func (r *reservations) end(p childPort) {
 	if r != nil {
 		r.mu.Lock()
 		defer r.mu.Unlock()
-		if r.joined[p] > 1 {
-			r.joined[p]--
+		if r.parts[p]--; r.parts[p] > 0 {
 			return
 		}
-		delete(r.joined, p)
+		delete(r.parts, p)
 	}
 	portallocator.Get().ReleasePort(p.at.Addr().AsSlice(), p.proto.String(), int(p.at.Port()))
 }
 
-// ports returns the ports that this daemon has, on any child address.
-func (r *reservations) ports(proto types.Protocol) *portSet {
-	own := new(portSet)
-	if r == nil {
-		return own
-	}
+// ports adds the ports that this daemon has, on any child address, to a set.
+func (r *reservations) ports(proto types.Protocol, to *portSet) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	for p := range r.joined {
+	for p := range r.parts {
 		if p.proto == proto {
-			own.add(int(p.at.Port()))
+			to.add(int(p.at.Port()))
 		}
 	}
-	return own
 }
 
-// wait waits until nothing of a fixed port is unsettled: so that a
-// container which is restarted while RootlessKit stalls comes back. It waits for
-// as long as for an answer, and in vain only once a silence: the daemon's lock
-// is held meanwhile.
+// wait waits until nothing of a fixed port is unsettled: so that a container
+// which is restarted while RootlessKit stalls comes back. It waits for as long
+// as for an answer, and in vain only once a silence: the daemon's lock is held.
 func (r *reservations) wait(ctx context.Context, req *request) {
-	if r == nil {
-		return
-	}
-	var timeout <-chan time.Time
-	for i := range req.hosts {
-		p := req.childPort(i, req.first)
-		r.mu.Lock()
-		ended, vain := r.unsettled[p], r.vain
-		r.mu.Unlock()
-		if ended == nil || vain {
-			continue
-		}
-		if timeout == nil {
-			timeout = time.After(patience)
-		}
+	timeout := time.NewTimer(patience)
+	defer timeout.Stop()
+	for u := r.lateOf(req); u != nil; u = r.lateOf(req) {
 		select {
-		case <-ended:
+		case <-u.settled:
+			r.settle(u)
 		case <-ctx.Done():
 			return
-		case <-timeout:
+		case <-timeout.C:
 			r.mu.Lock()
-			r.vain = r.unsettled[p] != nil
+			_, r.vain = r.late[u]
 			r.mu.Unlock()
 			return
 		}
 	}
+}
+
+// lateOf returns a call that has a child port of the fixed one and isn't settled.
+func (r *reservations) lateOf(req *request) *unsettled {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for u, p := range r.late {
+		for i := range req.addrs {
+			if !r.vain && p == req.childPort(i, req.first) {
+				return u
+			}
+		}
+	}
+	return nil
 }

@@ -36,8 +36,9 @@ type source interface {
 	// them if n < 0. port is the one that the port driver refused, 0 if it was not
 	// the driver.
 	refused(n, port int)
-	// count returns the number of ports that were tried, or seen to be taken.
-	count() int
+	// seen returns the number of ports that were tried, and why the last one can't
+	// be had that was passed without a try, if any.
+	seen() (tried int, taken error)
 	// ports returns the range that is gone through.
 	ports() (first, last int)
 }
@@ -47,144 +48,99 @@ type search struct {
 	req    *request
 	driver PortDriverClient // nil: nobody is asked.
 	leases *reservations
-	source source
+	ports  source
 	view   *look // nil: the host can't be seen.
+
+	tries    int
+	unclears int
+	last     error // last is the last refusal, of those that are not this daemon's own if any.
+	others   bool  // others is set when last isn't its own.
+	held     []*attempt
 }
 
-// run returns the attempt that succeeded, or why there is none.
+// run returns the attempt that succeeded, or why there is none. What was refused
+// stays reserved until then, so as not to be had again.
 func (s *search) run(ctx context.Context) (*attempt, *failure) {
-	var (
-		start    = time.Now()
-		f        failure
-		tries    int
-		unclears int
-		others   bool       // f.last is not this daemon's own.
-		refused  []*attempt // They stay reserved, so as not to be had again.
-	)
 	defer func() {
-		for _, a := range refused {
+		for _, a := range s.held {
 			a.letGo()
 		}
 	}()
-	fail := func(how string, cause error) (*attempt, *failure) {
-		f.how, f.tried = how, s.source.count()
-		if cause != nil {
-			f.last = cause
-		}
-		return nil, &f
-	}
-	for {
-		if err := ctx.Err(); err != nil && (s.driver != nil || tries > 0) {
-			return fail("then its caller gave up", err)
-		}
-		if tries > 0 && time.Since(start) >= searchTime {
-			return fail(fmt.Sprintf("none was had in %s", searchTime), nil)
-		}
-		first, last, ok := s.source.next()
-		if !ok {
-			if s.req.fixed() {
-				return fail("", nil)
-			}
-			if !others {
-				f.last = s.lastTaken(f.last)
-			}
-			return fail("and none can be had", nil)
+	for start := time.Now(); ; {
+		first, last, ok := s.ports.next()
+		switch err := ctx.Err(); {
+		case err != nil && (s.driver != nil || s.tries > 0):
+			return nil, s.failure("then its caller gave up", err)
+		case s.tries > 0 && time.Since(start) >= searchTime:
+			return nil, s.failure(fmt.Sprintf("none was had in %s", searchTime), s.last)
+		case !ok && s.req.fixed():
+			return nil, s.failure("", s.last)
+		case !ok:
+			return nil, s.failure("and none can be had", s.last)
 		}
 		a, err := try(ctx, s.req, s.driver, s.leases, first, last)
-		if err == nil {
-			if tries > 0 {
+		if s.tries++; err == nil {
+			if s.tries > 1 {
 				log.G(ctx).WithFields(log.Fields{
-					"port": a.port, "proto": s.req.proto.String(), "hostAddrs": s.req.on(), "attempts": tries + 1,
-					"duration": time.Since(start).Round(time.Microsecond), "lastRefusal": f.last,
+					"port": a.port, "proto": s.req.proto.String(), "hostAddrs": s.req.on(), "attempts": s.tries,
+					"duration": time.Since(start).Round(time.Microsecond), "lastRefusal": s.last,
 				}).Info("Published a host port after refusals of others")
 			}
 			return a, nil
 		}
-		tries++
-		port := 0
-		if a != nil {
-			port = a.port
-			refused = append(refused, a)
-		}
-		s.source.refused(portsOf(err, first == last), port)
-		c := s.judge(err)
-		if f.last == nil || c != ours {
-			f.last, others = err, c != ours
-		}
-		log.G(ctx).WithFields(log.Fields{"attempt": tries, "verdict": c.verdict(), "error": err}).Debug("Host port refused")
-		if c == unclear {
-			unclears++
-		}
+		verdict := s.refused(a, err, first == last)
+		log.G(ctx).WithFields(log.Fields{"attempt": s.tries, "verdict": verdict, "error": err}).Debug("Host port refused")
 		switch {
 		case ctx.Err() != nil: // For the next round to tell.
-		case c.verdict() == no:
-			return fail("", err)
-		case unclears == maxUnclear:
-			return fail(fmt.Sprintf("%d refusals do not say why", unclears), err)
+		case verdict == no:
+			return nil, s.failure("", err)
+		case s.unclears == maxUnclear:
+			return nil, s.failure(fmt.Sprintf("%d refusals do not say why", s.unclears), err)
 		}
 	}
 }
 
-// judge tells what a refusal is about. Where the driver doesn't say, and the
-// host can be seen, the kernel says.
-func (s *search) judge(err error) cause {
-	if s.view == nil {
-		return causeOf(err, 0)
+// refused takes note of a refusal, of one port or of the next ones of a range.
+// Where the driver doesn't say why, and the host can be seen, the kernel says.
+func (s *search) refused(a *attempt, err error, one bool) verdict {
+	n, port := 1, 0
+	if a != nil {
+		port = a.port
+		s.held = append(s.held, a)
+	} else if strings.Contains(err.Error(), textAllAllocated) {
+		n = -1
+	} else if !one {
+		n = allocatorTries
 	}
+	s.ports.refused(n, port)
+
 	c := causeOf(err, 0)
-	var r *hostRefusal
-	if c == unclear && errors.As(err, &r) {
+	if r := (*hostRefusal)(nil); s.view != nil && (c == unclear || c == privileged) && errors.As(err, &r) {
 		var seen error
 		onHost(func() { seen = s.view.refusal(r.host, r.port) })
-		if seen != nil {
+		if seen != nil && c == unclear {
 			r.err = fmt.Errorf("%w: %w", r.err, seen)
 		}
-	}
-	if c == unclear || c == privileged {
 		c = causeOf(err, hostUnprivileged())
 	}
-	return c
+	if c == unclear {
+		s.unclears++
+	}
+	if s.last == nil || c != ours {
+		s.last, s.others = err, c != ours
+	}
+	return c.verdict()
 }
 
-// lastTaken returns a refusal for the last port that is not this daemon's own,
-// where a look has passed it, else the refusal that is known, if any.
-func (s *search) lastTaken(known error) error {
-	if s.source.count() == 0 && known == nil {
-		return errors.New("all of them are reserved (net.ipv4.ip_local_reserved_ports)")
-	}
-	if s.view == nil {
-		return known
-	}
-	own := s.leases.ports(s.req.proto)
-	first, port := s.source.ports()
-	onHost(func() {
-		for looks := 0; port >= first && looks < maxUnclear; port-- {
-			if own.has(port) {
-				continue
-			}
-			looks++
-			for _, addr := range s.view.addrs {
-				if err := s.view.refusal(addr, port); err != nil {
-					known = &hostRefusal{host: addr, port: port, proto: s.req.proto, err: err}
-					return
-				}
-			}
-		}
-	})
-	return known
-}
-
-// portsOf returns how many of the ports that the allocator was asked for an
-// error is about, -1 for all.
-func portsOf(err error, one bool) int {
-	var child *childRefusal
+func (s *search) failure(how string, cause error) *failure {
+	tried, taken := s.ports.seen()
 	switch {
-	case one || !errors.As(err, &child):
-		return 1
-	case strings.Contains(err.Error(), textAllAllocated):
-		return -1
+	case cause == nil && taken == nil:
+		cause = errors.New("all of them are reserved (net.ipv4.ip_local_reserved_ports)")
+	case !s.others && taken != nil:
+		cause = taken
 	}
-	return allocatorTries
+	return &failure{how: how, last: cause, tried: tried}
 }
 
 // allocatorPorts is the source of the ports in the allocator's order: of a
@@ -206,12 +162,13 @@ func newAllocatorPorts(r *request) *allocatorPorts {
 }
 
 func (s *allocatorPorts) next() (first, last int, ok bool) {
-	switch {
-	case s.over, s.left == nil && s.tried > max(s.last-s.first, 0):
-		return 0, 0, false
-	case !s.req.dynamic(), s.tried == 0, s.left == nil && s.tried < inOrder && time.Since(s.start) < inOrderTime:
-		return s.req.first, s.req.last, true
-	case s.left == nil:
+	if s.left == nil {
+		if s.over || s.tried > max(s.last-s.first, 0) {
+			return 0, 0, false
+		}
+		if !s.req.dynamic() || s.tried == 0 || s.tried < inOrder && time.Since(s.start) < inOrderTime {
+			return s.req.first, s.req.last, true
+		}
 		s.jump()
 	}
 	if len(s.left) == 0 {
@@ -226,8 +183,9 @@ func (s *allocatorPorts) next() (first, last int, ok bool) {
 // jump collects what is left: without the ports that the kernel reserves, which
 // the allocator leaves out of the range, but not one by one.
 func (s *allocatorPorts) jump() {
+	var reserved portSet
 	text, _ := os.ReadFile(reservedPorts)
-	reserved, _ := parsePortSet(strings.TrimSpace(string(text)))
+	reserved.parse(string(text))
 	s.left = make([]uint16, 0, s.last-s.first+1)
 	for port := s.first; port <= s.last; port++ {
 		if !reserved.has(port) && !slices.Contains(s.held, uint16(port)) {
@@ -237,15 +195,14 @@ func (s *allocatorPorts) jump() {
 }
 
 func (s *allocatorPorts) refused(n, port int) {
-	if s.over = n < 0; s.over {
-		return
+	if s.over = n < 0; !s.over {
+		s.tried += n
 	}
-	s.tried += n
 	if s.left == nil && port != 0 {
 		s.held = append(s.held, uint16(port))
 	}
 }
 
-func (s *allocatorPorts) count() int { return min(s.tried, s.last-s.first+1) }
+func (s *allocatorPorts) seen() (int, error) { return min(s.tried, s.last-s.first+1), nil }
 
 func (s *allocatorPorts) ports() (first, last int) { return s.first, s.last }

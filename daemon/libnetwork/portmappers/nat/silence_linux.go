@@ -36,111 +36,104 @@ type silence struct {
 	mu      sync.Mutex
 	waiting int       // waiting is the number of calls that are waited for.
 	since   time.Time // since is when the first of those began, or the last answer came.
-	timer   *time.Timer
-	over    chan struct{} // over is closed while RootlessKit is silent.
 	silent  bool
 	full    time.Time // full is when the allowance is whole again.
 }
 
-func newSilence(driver PortDriverClient) *silence {
-	return &silence{PortDriverClient: driver, over: make(chan struct{})}
-}
-
-// AddPort returns an *unsettled error if it gave up: settled is closed when the
+// AddPort returns an *unsettled error if it gave up. That is settled once the
 // answer came and what was exposed is gone.
 func (s *silence) AddPort(ctx context.Context, proto string, hostIP, childIP netip.Addr, hostPort int) (func() error, error) {
-	r := &removal{s: s, ctx: ctx, host: netip.AddrPortFrom(hostIP, uint16(hostPort)), proto: proto}
+	e := &exposed{silence: s, ctx: ctx, at: netip.AddrPortFrom(hostIP, uint16(hostPort)), proto: proto}
 	err := s.call(false, func() (err error) {
-		r.remove, err = s.PortDriverClient.AddPort(ctx, proto, hostIP, childIP, hostPort)
+		e.undo, err = s.PortDriverClient.AddPort(ctx, proto, hostIP, childIP, hostPort)
 		return err
 	}, func(err error) {
-		switch {
-		case err == nil && r.settle(r.remove()) != nil: // It has said so.
-		case err != nil && isLost(err):
-			r.logLost(err)
-		default:
-			r.log(err).Warn("RootlessKit answered a port request after it was given up: undone")
+		if err == nil {
+			err = e.retry(e.undo())
+		} else if !isLost(err) {
+			err = nil
 		}
+		if err == nil {
+			e.warn(nil, "RootlessKit answered a port request after it was given up: undone")
+		}
+		e.warnIfLeft(err)
 	})
 	if err != nil {
 		if isLost(err) {
-			r.logLost(err)
+			e.warnIfLeft(err)
 		}
 		return nil, err
 	}
-	return r.do, nil
+	return e.remove, nil
 }
 
-// removal undoes an AddPort, once.
-type removal struct {
-	s      *silence
-	ctx    context.Context
-	host   netip.AddrPort
-	proto  string
-	remove func() error
-	called atomic.Bool
+// exposed is a port that RootlessKit exposes on the host.
+type exposed struct {
+	*silence
+	ctx     context.Context
+	at      netip.AddrPort
+	proto   string
+	undo    func() error
+	removed atomic.Bool
 }
 
-// do removes the port. An *unsettled is logged already.
-func (r *removal) do() error {
-	if r.called.Swap(true) {
+// remove undoes an AddPort. A removal that fails is tried again behind.
+func (e *exposed) remove() error {
+	if e.removed.Swap(true) {
 		return errRemoved
 	}
-	err := r.s.call(true, r.remove, func(err error) { r.settle(err) })
-	switch _, gaveUp := err.(*unsettled); {
-	case gaveUp:
-		r.log(err).Warn("RootlessKit did not answer the removal of a host port: it stays reserved until the answer comes")
-	case err != nil && isUnknownPort(err):
+	seeThrough := func(err error) { e.warnIfLeft(e.retry(err)) }
+	err := e.call(true, e.undo, seeThrough)
+	if _, gaveUp := err.(*unsettled); gaveUp {
+		e.warn(err, "RootlessKit did not answer the removal of a host port: it stays reserved until the answer comes")
+	} else if err != nil && isUnknownPort(err) {
 		return nil
-	case err != nil:
-		go r.settle(err)
-		return r.failed(err)
+	} else if err != nil {
+		go seeThrough(err)
+		return fmt.Errorf("failed to remove host port %s/%s: %w", e.at, e.proto, err)
 	}
 	return err
 }
 
-// settle tries a removal that failed with err again. It takes seconds.
-func (r *removal) settle(err error) error {
+// retry tries a removal that failed with err again. It takes seconds.
+func (e *exposed) retry(err error) error {
 	for _, wait := range removalRetries {
 		if err == nil || isUnknownPort(err) {
 			return nil
 		}
 		time.Sleep(wait)
-		err = r.remove()
+		err = e.undo()
 	}
-	if err != nil && !isUnknownPort(err) {
-		r.log(r.failed(err)).Warn("RootlessKit may hold a host port until the daemon restarts")
-		return err
+	return err
+}
+
+// warnIfLeft tells of a port that nobody will remove.
+func (e *exposed) warnIfLeft(err error) {
+	if err != nil && isLost(err) {
+		e.warn(err, "RootlessKit's answer was lost: it may hold the host port")
+	} else if err != nil {
+		e.warn(err, "RootlessKit may hold a host port: it failed to remove it")
 	}
-	return nil
 }
 
-func (r *removal) failed(err error) error {
-	return fmt.Errorf("failed to remove host port %s/%s: %w", r.host, r.proto, err)
-}
-
-func (r *removal) log(err error) *log.Entry {
-	return log.G(r.ctx).WithFields(log.Fields{"hostIP": r.host.Addr(), "port": r.host.Port(), "proto": r.proto, "error": err})
-}
-
-func (r *removal) logLost(err error) {
-	r.log(err).Warn("RootlessKit's answer was lost: it may hold the host port")
+func (e *exposed) warn(err error, message string) {
+	log.G(e.ctx).WithFields(log.Fields{"hostIP": e.at.Addr(), "port": e.at.Port(), "proto": e.proto, "error": err}).Warn(message)
 }
 
 // call has f called on another thread, and waits for it. If it gives up, it
 // returns an *unsettled, and late gets what f returns. The thread also makes f
-// cheaper: its own would be locked in the child namespace. While RootlessKit is
-// silent, what is not certain to be needed is not sent.
+// cheaper: the caller's is locked in the child namespace. While RootlessKit is
+// silent, only what is needed is sent once there is no time to wait for it.
 func (s *silence) call(needed bool, f func() error, late func(error)) error {
-	over, limit, err := s.begin(needed)
-	if err != nil {
-		return err
-	}
+	c := call{answer: make(chan error, 1), settled: make(chan struct{})}
 	start := time.Now()
-	c := &call{answer: make(chan error, 1)}
+	wait, ok := s.begin(start, needed)
+	if !ok {
+		return fmt.Errorf("%w to others: not asked", errNoAnswer)
+	}
 	go func() {
 		err := f()
-		if s.end(c) {
+		if s.end(&c) {
 			c.answer <- err
 			return
 		}
@@ -151,97 +144,69 @@ func (s *silence) call(needed bool, f func() error, late func(error)) error {
 		select {
 		case err := <-c.answer:
 			return err
-		case <-over:
-		case <-limit:
+		case <-time.After(wait):
 		}
-		if over, limit = s.giveUp(c), nil; c.settled != nil {
-			return &unsettled{
-				err:     fmt.Errorf("%w (%s)", errNoAnswer, time.Since(start).Round(time.Millisecond)),
-				settled: c.settled,
-			}
+		if wait = s.giveUp(&c); wait == 0 {
+			return &unsettled{fmt.Errorf("%w (%s)", errNoAnswer, time.Since(start).Round(time.Millisecond)), c.settled}
 		}
 	}
 }
 
 // call is one call of a driver.
 type call struct {
-	answer   chan error
-	answered bool
-	settled  chan struct{} // settled is made when the call is given up.
+	answer  chan error
+	settled chan struct{}
+	over    bool // over is set when it was answered or given up.
 }
 
-// begin takes note of a call that is about to be made, and returns what ends
-// the wait for it.
-func (s *silence) begin(needed bool) (over <-chan struct{}, limit <-chan time.Time, _ error) {
+// begin takes note of a call, unless it isn't to be made, and returns how long it
+// may be waited for. What a silence allows is spent with that.
+func (s *silence) begin(now time.Time, needed bool) (wait time.Duration, ok bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	now := time.Now()
 	if s.silent {
-		const per = int64(allowancePeriod / allowance)
-		if s.full.Before(now) {
-			s.full = now
+		wait = allowance - max(s.full.Sub(now), 0)/time.Duration(allowancePeriod/allowance)
+		if wait > 0 {
+			s.full = now.Add(allowancePeriod)
+		} else if !needed {
+			return 0, false
 		}
-		left := allowance - s.full.Sub(now)/time.Duration(per)
-		if left <= 0 && !needed {
-			return nil, nil, fmt.Errorf("%w to others: not asked", errNoAnswer)
-		}
-		s.full = now.Add(allowancePeriod)
-		s.waiting++
-		return nil, time.After(max(left, 0)), nil
 	}
-	if s.waiting++; s.waiting == 1 {
+	if s.waiting++; s.waiting == 1 && !s.silent {
 		s.since = now
-		if s.timer == nil {
-			s.timer = time.AfterFunc(patience, s.check)
-		} else {
-			s.timer.Reset(patience)
-		}
 	}
-	return s.over, nil, nil
-}
-
-// check ends the waits if their deadline has passed.
-func (s *silence) check() {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	switch left := time.Until(s.since.Add(patience)); {
-	case s.waiting == 0 || s.silent:
-	case left > 0:
-		s.timer.Reset(left)
-	default:
-		s.silent, s.full = true, time.Time{}
-		close(s.over)
+	if !s.silent {
+		wait = s.since.Add(patience).Sub(now)
 	}
+	return wait, true
 }
 
 // end takes note of an answer, and tells whether it is waited for.
 func (s *silence) end(c *call) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.since = time.Now()
-	if s.silent {
-		s.silent, s.over = false, make(chan struct{})
-		s.timer.Reset(patience) // For those who wait already.
-	}
-	if c.settled != nil {
+	s.since, s.silent = time.Now(), false
+	if c.over {
 		return false
 	}
-	c.answered = true
-	if s.waiting--; s.waiting == 0 {
-		s.timer.Stop()
-	}
+	c.over = true
+	s.waiting--
 	return true
 }
 
-// giveUp takes note of the end of a wait, unless the answer came after all, or
-// others show that RootlessKit is not silent any more. Then it returns what ends
-// the wait.
-func (s *silence) giveUp(c *call) <-chan struct{} {
+// giveUp takes note of the end of a wait, unless an answer came meanwhile, to
+// this call or another one. Then it returns how long to wait on.
+func (s *silence) giveUp(c *call) time.Duration {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if !c.answered && s.silent {
-		c.settled = make(chan struct{})
-		s.waiting--
+	left := time.Until(s.since.Add(patience))
+	if c.over || left > 0 {
+		return max(left, 1)
 	}
-	return s.over
+	if !s.silent {
+		s.silent, s.full = true, time.Time{}
+	}
+	c.over = true
+	s.waiting--
+	return 0
 }

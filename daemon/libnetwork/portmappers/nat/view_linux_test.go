@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/moby/moby/v2/daemon/libnetwork/types"
+	"github.com/sirupsen/logrus"
 	"golang.org/x/sys/unix"
 	"gotest.tools/v3/assert"
 	is "gotest.tools/v3/assert/cmp"
@@ -205,7 +206,8 @@ func TestPrivilegedHostPorts(t *testing.T) {
 	withoutCapability(t, unix.CAP_NET_BIND_SERVICE) // On this thread: those on the test's host have it.
 	l := look{proto: types.TCP, addrs: []netip.Addr{netip.IPv4Unspecified()}}
 	ports := []int{1000}
-	assert.Check(t, is.Equal(l.find(func() int { p := ports[0]; ports = ports[1:]; return p }), 1000))
+	free, _ := l.find(func() int { p := ports[0]; ports = ports[1:]; return p })
+	assert.Check(t, is.Equal(free, 1000))
 }
 
 // What the kernel says of a port, but that it's taken, is for RootlessKit to say.
@@ -289,8 +291,8 @@ func TestLongListOfReservedPorts(t *testing.T) {
 		list = append(list, fmt.Sprint(port))
 	}
 	setSysctl(t, "ip_local_reserved_ports", strings.Join(list, ","))
-	_, _, reserved, err := hostDynamicPorts()
-	assert.NilError(t, err)
+	var reserved portSet
+	reserved.parse(hostSetting(reservedPorts))
 	for port := 40000; port < 42000; port++ {
 		assert.Check(t, is.Equal(reserved.has(port), port%2 == 0), port)
 	}
@@ -427,18 +429,35 @@ func TestMisplacedMainThread(t *testing.T) {
 	assert.Check(t, port > 32867, "%d is another process's", port)
 }
 
-func TestSettingsThatCannotBeUnderstood(t *testing.T) {
-	for _, text := range []string{"a", "1-b", "-", "1-2-3", "65536"} {
-		_, err := parsePortSet(text)
-		assert.Check(t, is.ErrorContains(err, "strconv"), text)
-	}
-	set, err := parsePortSet("8080,9000-9010,65535")
-	assert.Check(t, err)
-	for port, want := range map[int]bool{8079: false, 8080: true, 8081: false, 8999: false, 9000: true, 9010: true, 9011: false, 65535: true} {
+func TestSettings(t *testing.T) {
+	var set portSet
+	set.parse("8080,9000-9010,a,1-b,-,1-2-3,65536,65535\n")
+	for port, want := range map[int]bool{0: false, 1: false, 8079: false, 8080: true, 8081: false, 8999: false, 9000: true, 9010: true, 9011: false, 65535: true} {
 		assert.Check(t, is.Equal(set.has(port), want), port)
 	}
-	_, err = readSetting(nil)
-	assert.Check(t, is.ErrorIs(err, os.ErrInvalid))
+	assert.Check(t, is.Equal(hostSetting("nothing"), ""))
+}
+
+// A range that can't be understood costs the look, no more.
+func TestDynamicRangeThatCannotBeUnderstood(t *testing.T) {
+	f := newHostFake(t)
+	inChild(t)
+	before := settings()[portRange]
+	defer func() { settings()[portRange] = before }()
+	for _, text := range []string{"", "1", "a b", "5 4", "0 100", "100 70000"} {
+		file := filepath.Join(t.TempDir(), "range")
+		assert.NilError(t, os.WriteFile(file, []byte(text), 0o600))
+		var err error
+		settings()[portRange], err = os.Open(file)
+		assert.NilError(t, err)
+		ctx, hook := logged()
+		pm := NewPortMapper(Config{RlkClient: f})
+		pbs, err := pm.MapPorts(ctx, ask(types.TCP, 0, 0, "0.0.0.0"))
+		assert.NilError(t, err)
+		assert.Check(t, pm.UnmapPorts(ctx, pbs))
+		assert.NilError(t, settings()[portRange].Close())
+		assert.Check(t, is.Len(entries(hook, logrus.WarnLevel), 1), text)
+	}
 }
 
 func TestBusyFixedPortSaysWhoHasIt(t *testing.T) {
