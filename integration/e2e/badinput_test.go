@@ -19,9 +19,9 @@ import (
 
 	"gotest.tools/v3/assert"
 
+	"berth/hack/stack"
 	"berth/integration/image"
 	"berth/integration/portdriver"
-	"berth/integration/stack"
 	"berth/integration/stacktest"
 )
 

@@ -18,8 +18,8 @@ import (
 
 	"gotest.tools/v3/assert"
 
+	"berth/hack/stack"
 	"berth/integration/hostload"
-	"berth/integration/stack"
 	"berth/integration/stacktest"
 )
 

@@ -16,8 +16,8 @@ import (
 	"golang.org/x/sys/unix"
 	"gotest.tools/v3/assert"
 
+	"berth/hack/stack"
 	"berth/integration/hostload"
-	"berth/integration/stack"
 	"berth/integration/stacktest"
 )
 

@@ -15,8 +15,8 @@ import (
 	"gotest.tools/v3/assert"
 	is "gotest.tools/v3/assert/cmp"
 
+	"berth/hack/stack"
 	"berth/integration/hostload"
-	"berth/integration/stack"
 	"berth/integration/stacktest"
 )
 

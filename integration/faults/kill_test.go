@@ -14,9 +14,9 @@ import (
 	"gotest.tools/v3/assert"
 	"gotest.tools/v3/poll"
 
+	"berth/hack/stack"
 	"berth/integration/hostload"
 	"berth/integration/image"
-	"berth/integration/stack"
 	"berth/integration/stacktest"
 )
 

@@ -24,8 +24,8 @@ import (
 	"gotest.tools/v3/assert"
 	"gotest.tools/v3/poll"
 
+	"berth/hack/stack"
 	"berth/integration/faultproxy"
-	"berth/integration/stack"
 	"berth/integration/stacktest"
 )
 
@@ -71,7 +71,7 @@ func start(t *testing.T) *rig {
 	assert.NilError(t, err)
 	t.Cleanup(func() { assert.NilError(t, proxy.Close()) })
 	r := &rig{
-		d:        stacktest.Start(t, "dockerd", stack.Options{RootlessKitAPI: proxy.Socket}),
+		d:        stacktest.Start(t, "dockerd", stack.Options{Env: stacktest.Behind(t, proxy.Socket)}),
 		proxy:    proxy,
 		reserved: map[int]bool{},
 	}

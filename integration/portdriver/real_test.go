@@ -26,9 +26,9 @@ import (
 	"gotest.tools/v3/golden"
 
 	"berth/daemon/libnetwork/portmappers/nat"
-	"berth/hack/tree"
+	"berth/hack/checkout"
+	"berth/hack/stack"
 	"berth/integration/hostload"
-	"berth/integration/stack"
 	"berth/integration/stacktest"
 )
 
@@ -214,20 +214,20 @@ type Seen struct {
 
 func TestPortDrivers(t *testing.T) {
 	needs(t)
-	root, err := tree.Root()
+	root, err := checkout.Root()
 	assert.NilError(t, err)
 	var fake map[string][]Result
 	t.Run("fake", func(t *testing.T) { fake = runFake(t, root) })
 	var all []Seen
 	for _, k := range rootlessKits {
 		t.Run(k.version+"/"+k.driver, func(t *testing.T) {
-			bin := filepath.Join(root, "build", "bin")
+			bin := checkout.Bin(root)
 			results := run(t, stack.Options{
 				Bin:         bin,
 				RootlessKit: filepath.Join(bin, k.binary),
 				Net:         k.network,
 				PortDriver:  k.driver,
-				Log:         filepath.Join(root, "build", "log", "test", "portdriver-"+k.version+"-"+k.driver+".log"),
+				Log:         checkout.Log(root, "test", "portdriver-"+k.version+"-"+k.driver+".log"),
 			}, k.version)
 			all = append(all, Seen{k.driver, k.version, k.network, results})
 			cases := Cases()

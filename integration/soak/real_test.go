@@ -26,10 +26,10 @@ import (
 	"github.com/rootless-containers/rootlesskit/v3/pkg/port"
 	"gotest.tools/v3/assert"
 
+	"berth/hack/stack"
 	"berth/integration/engine"
 	"berth/integration/faultproxy"
 	"berth/integration/hostload"
-	"berth/integration/stack"
 	"berth/integration/stacktest"
 )
 
@@ -60,7 +60,7 @@ func TestSoak(t *testing.T) {
 	proxy, err := faultproxy.Start(socket)
 	assert.NilError(t, err)
 	t.Cleanup(func() { assert.Check(t, proxy.Close()) })
-	d := stacktest.Start(t, "dockerd", stack.Options{NoDetachNetns: *noDetachNetns, RootlessKitAPI: proxy.Socket})
+	d := stacktest.Start(t, "dockerd", stack.Options{NoDetachNetns: *noDetachNetns, Env: stacktest.Behind(t, proxy.Socket)})
 	ctx, stop := signal.NotifyContext(t.Context(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	s := soak{t: t, ctx: ctx, d: d, engine: engine.New(d.Host()), proxy: proxy, begun: time.Now()}

@@ -28,13 +28,16 @@ import (
 	"gotest.tools/v3/assert"
 	"gotest.tools/v3/poll"
 
-	"berth/hack/tree"
+	"berth/hack/checkout"
+	"berth/hack/stack"
 	"berth/integration/image"
-	"berth/integration/stack"
 )
 
 // Addresses are the host's addresses other than loopback, for tests run by root: Main makes them.
 var Addresses = [2]string{"10.0.0.1", "10.0.0.2"}
+
+// Users are those whose stacks root's tests run: a test can have one of each. hack/deps.sh makes them.
+var Users = [2]string{stack.DefaultUser, "berth2"}
 
 const inNamespace = "BERTH_TEST_NETNS"
 
@@ -68,7 +71,7 @@ func Main(m *testing.M) {
 var interrupted context.Context
 
 func downAndExit() {
-	for _, user := range stack.TestUsers {
+	for _, user := range Users {
 		s, err := place(user)
 		for deadline := time.Now().Add(10 * time.Second); err == nil && time.Now().Before(deadline); {
 			// The test may be at work there itself, for a moment.
@@ -136,24 +139,23 @@ type Daemon struct {
 // anything. Its log is kept in build/log when the test fails.
 func Start(t *testing.T, dockerd string, o stack.Options) *Daemon {
 	t.Helper()
-	return StartAs(t, stack.TestUsers[0], dockerd, o)
+	return StartAs(t, Users[0], dockerd, o)
 }
 
-// StartAs is [Start] for root, with the test user that the stack runs as. A test can have one
-// stack of each.
-func StartAs(t *testing.T, testUser, dockerd string, o stack.Options) *Daemon {
+// StartAs is [Start] for root, with the one of [Users] that the stack runs as.
+func StartAs(t *testing.T, asUser, dockerd string, o stack.Options) *Daemon {
 	t.Helper()
-	root, err := tree.Root()
+	root, err := checkout.Root()
 	assert.NilError(t, err)
-	s := at(t, testUser)
+	s := at(t, asUser)
 	if o.Bin == "" {
-		o.Bin = filepath.Join(root, "build", "bin")
+		o.Bin = checkout.Bin(root)
 	}
 	if name := os.Getenv(standIn); name != "" && dockerd == "dockerd" {
 		dockerd = name
 	}
 	o.Dockerd = filepath.Join(o.Bin, dockerd)
-	o.Log = filepath.Join(root, "build", "log", "test", strings.ReplaceAll(t.Name(), "/", "-")+"-"+s.User()+".log")
+	o.Log = checkout.Log(root, "test", strings.ReplaceAll(t.Name(), "/", "-")+"-"+s.User()+".log")
 	t.Cleanup(func() {
 		if err := s.Down(context.Background()); err != nil {
 			t.Error(err)
@@ -176,20 +178,45 @@ func StartAs(t *testing.T, testUser, dockerd string, o stack.Options) *Daemon {
 // package share a place; packages are tested side by side.
 func At(t testing.TB) *stack.Stack {
 	t.Helper()
-	return at(t, stack.TestUsers[0])
+	return at(t, Users[0])
 }
 
-func at(t testing.TB, testUser string) *stack.Stack {
+func at(t testing.TB, asUser string) *stack.Stack {
 	t.Helper()
-	s, err := place(testUser)
+	s, err := place(asUser)
 	assert.NilError(t, err)
 	assert.NilError(t, s.Down(t.Context()))
 	t.Cleanup(func() { assert.NilError(t, s.Down(context.Background())) })
 	return s
 }
 
-func place(testUser string) (*stack.Stack, error) {
-	return stack.AtUser("test-"+strings.TrimSuffix(filepath.Base(os.Args[0]), ".test"), testUser)
+func place(asUser string) (*stack.Stack, error) {
+	return stack.AtUser("test-"+strings.TrimSuffix(filepath.Base(os.Args[0]), ".test"), asUser)
+}
+
+// behindAPI runs dockerd with another socket in the place of RootlessKit's API. It does so in
+// RootlessKit's child, whose mounts are its own: on the host, RootlessKit's socket stays where it is.
+const behindAPI = `#!/bin/sh
+set -eu
+api="$ROOTLESSKIT_STATE_DIR/api.sock"
+# RootlessKit makes it when the child runs already.
+until [ -S "$api" ]; do sleep 0.05; done
+mount --bind "$BERTH_TEST_API" "$api"
+exec dockerd "$@"
+`
+
+// Behind is the Env of a stack whose dockerd finds the socket where RootlessKit's API is. The
+// stack's user must be able to connect to it.
+func Behind(t *testing.T, socket string) []string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "berth-behind-") // t.TempDir keeps others out
+	assert.NilError(t, err)
+	t.Cleanup(func() { assert.NilError(t, os.RemoveAll(dir)) })
+	assert.NilError(t, os.Chmod(dir, 0o755))
+	script := filepath.Join(dir, "dockerd-behind-api")
+	assert.NilError(t, os.WriteFile(script, []byte(behindAPI), 0o755))
+	assert.NilError(t, os.Chmod(script, 0o755)) // whatever the umask
+	return []string{"DOCKERD=" + script, "BERTH_TEST_API=" + socket}
 }
 
 // Docker runs the docker CLI and returns its output; the error has what it said.
@@ -269,9 +296,9 @@ func WriteResults(t *testing.T, name string, results any) {
 // WriteText is [WriteResults] for what people read; it ends the last line.
 func WriteText(t *testing.T, name, text string) {
 	t.Helper()
-	root, err := tree.Root()
+	root, err := checkout.Root()
 	assert.NilError(t, err)
-	dir := filepath.Join(root, "build", "results")
+	dir := checkout.Results(root)
 	assert.NilError(t, os.MkdirAll(dir, 0o755))
 	assert.NilError(t, os.WriteFile(filepath.Join(dir, name), []byte(strings.TrimRight(text, "\n")+"\n"), 0o644))
 }

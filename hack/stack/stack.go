@@ -2,7 +2,7 @@
 // through upstream's dockerd-rootless.sh, as an ordinary user.
 //
 // The stack belongs to the current user or, when that is root (dockerd-rootless.sh
-// refuses root), to one of [TestUsers]. Everything it makes, and a copy of all it runs,
+// refuses root), to another one. Everything it makes, and a copy of all it runs,
 // lies beneath one directory in that user's home, so that it runs from a checkout which
 // the user cannot enter, and [Stack.Down] can remove it and show that nothing is left.
 package stack
@@ -50,9 +50,8 @@ type Options struct {
 	PortDriver    string // RootlessKit's port driver, DefaultPortDriver by default
 	NoDetachNetns bool   // dockerd's process is in the child namespace, as a whole
 
-	// RootlessKitAPI, if set, is the socket that dockerd finds where RootlessKit's API is. The
-	// stack's user must be able to connect to it.
-	RootlessKitAPI string
+	// Env has more variables for the stack's processes, NAME=value. They go before the stack's own.
+	Env []string
 
 	Progress io.Writer // told what Up waits for when it takes more than 2 s; may be nil
 }
@@ -65,15 +64,15 @@ type Stack struct {
 
 // At returns the place of the user's stack called name; "" is a name, too. Stacks with
 // different names can be up at the same time.
-func At(name string) (*Stack, error) { return AtUser(name, TestUsers[0]) }
+func At(name string) (*Stack, error) { return AtUser(name, DefaultUser) }
 
-// AtUser is [At] for root, with the test user that the stack runs as. Anyone else's stacks
+// AtUser is [At] for root, with the user that the stack runs as. Anyone else's stacks
 // are their own.
-func AtUser(name, testUser string) (*Stack, error) {
+func AtUser(name, rootRunsAs string) (*Stack, error) {
 	if !regexp.MustCompile(`^[a-z0-9-]*$`).MatchString(name) {
 		return nil, fmt.Errorf("stack name %q: want lower case letters, digits and dashes", name)
 	}
-	a, err := stackAccount(testUser)
+	a, err := stackAccount(rootRunsAs)
 	if err != nil {
 		return nil, err
 	}
@@ -231,10 +230,8 @@ func (s *Stack) command(o Options) *exec.Cmd {
 		"DOCKERD_ROOTLESS_ROOTLESSKIT_PORT_DRIVER=" + o.PortDriver,
 		"DOCKERD_ROOTLESS_ROOTLESSKIT_DETACH_NETNS=" + strconv.FormatBool(!o.NoDetachNetns),
 	}
-	if o.RootlessKitAPI != "" {
-		// The last one of a name holds.
-		cmd.Env = append(cmd.Env, "DOCKERD="+filepath.Join(s.binDir(), behindAPIName), behindAPIVar+"="+o.RootlessKitAPI)
-	}
+	// The last one of a name holds.
+	cmd.Env = append(cmd.Env, o.Env...)
 	// A session of its own: a Ctrl-C at the terminal is for us, and the stack outlives us.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if os.Geteuid() == 0 {
