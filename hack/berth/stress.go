@@ -13,8 +13,8 @@ import (
 	"berth/hack/checkout"
 	"berth/hack/stack"
 	"berth/integration/hostload"
-	"berth/integration/image"
 	"berth/integration/stress"
+	"berth/integration/whoami"
 )
 
 // The host load: of the first ports that a container gets, three in ten belong to someone else.
@@ -92,7 +92,12 @@ func (r stressRun) run(ctx context.Context, name, dockerd string) (_ stress.Resu
 		return stress.Result{}, err
 	}
 	defer func() { retErr = errors.Join(retErr, s.Down(ctx)) }()
-	if err := image.Import(ctx, r.root, filepath.Join(r.options.Bin, "docker"), s.Host()); err != nil {
+	daemon, err := s.Client()
+	if err != nil {
+		return stress.Result{}, err
+	}
+	defer daemon.Close()
+	if err := whoami.Import(ctx, r.root, daemon); err != nil {
 		return stress.Result{}, err
 	}
 

@@ -12,8 +12,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
-	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -23,6 +21,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/moby/moby/client"
 	"golang.org/x/sys/unix"
 )
 
@@ -267,23 +266,17 @@ func (s *Stack) waitUntilRunning(ctx context.Context, ended <-chan error, progre
 func (s *Stack) Running(ctx context.Context) bool {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
-	client := http.Client{Transport: &http.Transport{
-		DisableKeepAlives: true,
-		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return new(net.Dialer).DialContext(ctx, "unix", s.socket())
-		},
-	}}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://docker/_ping", nil)
+	c, err := s.Client()
 	if err != nil {
 		return false
 	}
-	resp, err := client.Do(req)
-	if err != nil {
-		return false
-	}
-	resp.Body.Close()
-	return resp.StatusCode == http.StatusOK
+	defer c.Close()
+	_, err = c.Ping(ctx, client.PingOptions{})
+	return err == nil
 }
+
+// Client returns a client of the stack's API.
+func (s *Stack) Client() (*client.Client, error) { return client.New(client.WithHost(s.Host())) }
 
 // Exists says whether anything is at the stack's place.
 func (s *Stack) Exists() bool {

@@ -289,13 +289,7 @@ func run(t *testing.T, o stack.Options, version string) []Result {
 		t.Logf("the stack's log: %s", o.Log)
 	})
 	assert.NilError(t, s.Up(t.Context(), o))
-	c := http.Client{Transport: &http.Transport{
-		DisableKeepAlives: true,
-		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return new(net.Dialer).DialContext(ctx, "unix", strings.TrimPrefix(s.Host(), "unix://"))
-		},
-	}}
-	resp, err := c.Get("http://suite/run?rootlesskit=" + version)
+	resp, err := stacktest.HTTP(s).Get("http://suite/run?rootlesskit=" + version)
 	assert.NilError(t, err)
 	defer resp.Body.Close()
 	body, err := io.ReadAll(resp.Body)

@@ -11,8 +11,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"net"
+	"net/http"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -20,17 +20,21 @@ import (
 	"path/filepath"
 	"regexp"
 	"runtime"
+	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 
+	"github.com/moby/moby/api/types/container"
+	"github.com/moby/moby/api/types/network"
+	"github.com/moby/moby/client"
 	"gotest.tools/v3/assert"
-	"gotest.tools/v3/poll"
 
 	"berth/hack/checkout"
 	"berth/hack/stack"
-	"berth/integration/image"
+	"berth/integration/whoami"
 )
 
 // Addresses are the host's addresses other than loopback, for tests run by root: Main makes them.
@@ -131,6 +135,7 @@ type Daemon struct {
 	*stack.Stack
 	Options stack.Options // that it was started with
 	Log     string        // file with the stack's output
+	API     *client.Client
 	docker  string
 }
 
@@ -169,7 +174,10 @@ func StartAs(t *testing.T, asUser, dockerd string, o stack.Options) *Daemon {
 	})
 	assert.NilError(t, s.Up(interrupted, o))
 	d := &Daemon{Stack: s, Options: o, Log: o.Log, docker: filepath.Join(o.Bin, "docker")}
-	assert.NilError(t, image.Import(t.Context(), root, d.docker, s.Host()))
+	d.API, err = s.Client()
+	assert.NilError(t, err)
+	t.Cleanup(func() { d.API.Close() })
+	assert.NilError(t, whoami.Import(t.Context(), root, d.API))
 	return d
 }
 
@@ -252,38 +260,70 @@ func (d *Daemon) Run(t *testing.T, publish ...string) (id string, _ error) {
 			assert.NilError(t, err)
 		}
 	})
-	return d.Docker(append(args, image.Name)...)
+	return d.Docker(append(args, whoami.Image)...)
 }
 
 // Published returns the host addresses where the container's ports are published.
 func (d *Daemon) Published(t *testing.T, id string) []netip.AddrPort {
 	t.Helper()
-	out, err := d.Docker("port", id)
+	ports, err := d.Ports(t.Context(), id)
 	assert.NilError(t, err)
 	var list []netip.AddrPort
-	for line := range strings.Lines(out) {
-		_, host, _ := strings.Cut(strings.TrimSpace(line), " -> ")
-		a, err := netip.ParseAddrPort(host)
-		assert.NilError(t, err)
-		list = append(list, a)
+	for _, at := range ports {
+		list = append(list, at...)
 	}
+	slices.SortFunc(list, netip.AddrPort.Compare)
 	return list
 }
 
-// AssertAnswers checks that a container of the test image is what answers at the address;
-// network is tcp or udp.
+// Ports returns the host addresses of the running container's ports.
+func (d *Daemon) Ports(ctx context.Context, id string) (map[network.Port][]netip.AddrPort, error) {
+	found, err := d.API.ContainerInspect(ctx, id, client.ContainerInspectOptions{})
+	if err != nil {
+		return nil, err
+	}
+	published := map[network.Port][]netip.AddrPort{}
+	for port, bindings := range found.Container.NetworkSettings.Ports {
+		for _, b := range bindings {
+			hostPort, err := strconv.ParseUint(b.HostPort, 10, 16)
+			if err != nil {
+				return nil, fmt.Errorf("container %.12s, port %s: %w", id, port, err)
+			}
+			published[port] = append(published[port], netip.AddrPortFrom(b.HostIP, uint16(hostPort)))
+		}
+	}
+	return published, nil
+}
+
+// Create makes a container of the test image with the ports published, and returns its id.
+func (d *Daemon) Create(ctx context.Context, ports network.PortMap) (id string, _ error) {
+	made, err := d.API.ContainerCreate(ctx, client.ContainerCreateOptions{
+		Image:      whoami.Image,
+		HostConfig: &container.HostConfig{PortBindings: ports},
+	})
+	return made.ID, err
+}
+
+// HTTP returns a client of the API of whatever is in the stack's place of a daemon, at any URL, for what dockerd's own client
+// does not ask.
+func HTTP(s *stack.Stack) *http.Client {
+	return &http.Client{Transport: &http.Transport{
+		DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "unix", strings.TrimPrefix(s.Host(), "unix://"))
+		},
+	}}
+}
+
+// AssertAnswers checks that a container of the test image is what answers at the address, which
+// may be all of a family; network is tcp or udp.
 func AssertAnswers(t *testing.T, network string, at netip.AddrPort, id string) {
 	t.Helper()
-	var answer string
-	poll.WaitOn(t, func(poll.LogT) poll.Result {
-		var err error
-		if answer, err = Ask(network, at); err != nil || answer == "" {
-			return poll.Continue("%s %v does not answer: %v", network, at, err) // not yet listening
-		}
-		return poll.Success()
-	})
-	assert.Assert(t, strings.HasSuffix(answer, id[:12]+"\n"), "%s %v answered %q, want %s", network, at, answer, id[:12])
+	assert.NilError(t, whoami.Await(network, at, id, answerLimit))
 }
+
+// answerLimit is for a container's program to serve, on a busy machine.
+const answerLimit = 30 * time.Second
 
 // WriteResults keeps what a test has seen in build/results, as JSON.
 func WriteResults(t *testing.T, name string, results any) {
@@ -313,26 +353,4 @@ func LostPort(line string) (hostPort string, ok bool) {
 		return "", false
 	}
 	return net.JoinHostPort(m[1], m[2]) + "/" + m[3], true
-}
-
-// Ask returns all that comes back from the address; network is tcp or udp.
-func Ask(network string, at netip.AddrPort) (string, error) {
-	conn, err := net.DialTimeout(network, at.String(), time.Second)
-	if err != nil {
-		return "", err
-	}
-	defer conn.Close()
-	if err := conn.SetDeadline(time.Now().Add(time.Second)); err != nil {
-		return "", err
-	}
-	if _, err := io.WriteString(conn, "GET / HTTP/1.0\r\n\r\n"); err != nil {
-		return "", err
-	}
-	if network == "udp" {
-		buf := make([]byte, 100)
-		n, err := conn.Read(buf)
-		return string(buf[:n]), err
-	}
-	answer, err := io.ReadAll(conn)
-	return string(answer), err
 }
