@@ -4,7 +4,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"berth/hack/build"
-	"berth/hack/tree"
+	"berth/hack/checkout"
 )
 
 func newBuildCommand() *cobra.Command {
@@ -23,7 +23,7 @@ this takes as long as everything else.`,
   berth build dockerd rootlesskit2
   berth build --race`,
 		RunE: func(cmd *cobra.Command, names []string) error {
-			root, err := tree.Root()
+			root, err := checkout.Root()
 			if err != nil {
 				return err
 			}

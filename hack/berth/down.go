@@ -5,7 +5,7 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"berth/integration/stack"
+	"berth/hack/stack"
 )
 
 func newDownCommand() *cobra.Command {

@@ -7,8 +7,8 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"berth/hack/tree"
-	"berth/integration/stack"
+	"berth/hack/checkout"
+	"berth/hack/stack"
 )
 
 func newEnvCommand() *cobra.Command {
@@ -19,7 +19,7 @@ func newEnvCommand() *cobra.Command {
 		Example: `  eval "$(build/bin/berth env)"`,
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			root, err := tree.Root()
+			root, err := checkout.Root()
 			if err != nil {
 				return err
 			}
@@ -30,7 +30,7 @@ func newEnvCommand() *cobra.Command {
 			if !s.Running(cmd.Context()) {
 				return errors.New("nothing is up: start a stack with `berth up`")
 			}
-			fmt.Fprintf(cmd.OutOrStdout(), "export DOCKER_HOST=%s\nexport PATH=%s:\"$PATH\"\n", quote(s.Host()), quote(binDir(root)))
+			fmt.Fprintf(cmd.OutOrStdout(), "export DOCKER_HOST=%s\nexport PATH=%s:\"$PATH\"\n", quote(s.Host()), quote(checkout.Bin(root)))
 			return nil
 		},
 	}

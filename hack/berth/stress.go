@@ -10,11 +10,11 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"berth/hack/tree"
+	"berth/hack/checkout"
+	"berth/hack/stack"
 	"berth/integration/hostload"
-	"berth/integration/image"
-	"berth/integration/stack"
 	"berth/integration/stress"
+	"berth/integration/whoami"
 )
 
 // The host load: of the first ports that a container gets, three in ten belong to someone else.
@@ -37,11 +37,11 @@ releases one and takes another every %v. Prints what came of it, and exits 0 onl
 if Berth published every container and stock failed some: otherwise nothing is shown.`, loadHold, loadOf, loadChurn),
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			root, err := tree.Root()
+			root, err := checkout.Root()
 			if err != nil {
 				return err
 			}
-			o.Bin = binDir(root)
+			o.Bin = checkout.Bin(root)
 			run := stressRun{root: root, options: o, starts: starts, atOnce: atOnce, out: cmd.OutOrStdout(), err: cmd.ErrOrStderr()}
 			stock, err := run.run(cmd.Context(), "stock", stockDockerd(root))
 			if err != nil {
@@ -86,13 +86,18 @@ func (r stressRun) run(ctx context.Context, name, dockerd string) (_ stress.Resu
 	fmt.Fprintf(r.out, "\n%s: %d starts, %d at a time, %d of the first %d dynamic host ports held\n", name, r.starts, r.atOnce, loadHold, loadOf)
 	o := r.options
 	o.Dockerd = dockerd
-	o.Log = filepath.Join(r.root, "build", "log", "stress-"+filepath.Base(dockerd)+".log")
+	o.Log = checkout.Log(r.root, "stress-"+filepath.Base(dockerd)+".log")
 	o.Progress = r.err
 	if err := s.Up(ctx, o); err != nil {
 		return stress.Result{}, err
 	}
 	defer func() { retErr = errors.Join(retErr, s.Down(ctx)) }()
-	if err := image.Import(ctx, r.root, filepath.Join(r.options.Bin, "docker"), s.Host()); err != nil {
+	daemon, err := s.Client()
+	if err != nil {
+		return stress.Result{}, err
+	}
+	defer daemon.Close()
+	if err := whoami.Import(ctx, r.root, daemon); err != nil {
 		return stress.Result{}, err
 	}
 

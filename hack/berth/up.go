@@ -9,8 +9,8 @@ import (
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
-	"berth/hack/tree"
-	"berth/integration/stack"
+	"berth/hack/checkout"
+	"berth/hack/stack"
 )
 
 func newUpCommand() *cobra.Command {
@@ -27,7 +27,7 @@ All its files are in ~/.berth of that user; its log is build/log/stack.log.`,
   berth up --net slirp4netns --port-driver slirp4netns`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			root, err := tree.Root()
+			root, err := checkout.Root()
 			if err != nil {
 				return err
 			}
@@ -35,8 +35,8 @@ All its files are in ~/.berth of that user; its log is build/log/stack.log.`,
 			if err != nil {
 				return err
 			}
-			o.Bin = binDir(root)
-			o.Log = filepath.Join(root, "build", "log", "stack.log")
+			o.Bin = checkout.Bin(root)
+			o.Log = checkout.Log(root, "stack.log")
 			o.Progress = cmd.ErrOrStderr()
 			if stock {
 				o.Dockerd = stockDockerd(root)
@@ -75,5 +75,4 @@ func stackFlags(flags *pflag.FlagSet, o *stack.Options) {
 	})
 }
 
-func binDir(root string) string       { return filepath.Join(root, "build", "bin") }
-func stockDockerd(root string) string { return filepath.Join(binDir(root), "dockerd-stock") }
+func stockDockerd(root string) string { return checkout.Bin(root, "dockerd-stock") }

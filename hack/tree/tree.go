@@ -20,36 +20,6 @@ import (
 // patchDir is the patch's folder, here as upstream. Nothing else of the base is touched.
 const patchDir = "daemon/libnetwork/portmappers/nat"
 
-// Root is the repository's folder: the nearest one from the working directory upwards that has a vendor.conf, else the one
-// that holds the running binary's build/bin.
-func Root() (string, error) {
-	wd, err := os.Getwd()
-	if err != nil {
-		return "", err
-	}
-	for dir := wd; ; dir = filepath.Dir(dir) {
-		if isRoot(dir) {
-			return dir, nil
-		}
-		if dir == filepath.Dir(dir) {
-			break
-		}
-	}
-	if exe, err := os.Executable(); err == nil {
-		if exe, err = filepath.EvalSymlinks(exe); err == nil {
-			if dir := filepath.Join(filepath.Dir(exe), "..", ".."); isRoot(dir) {
-				return dir, nil
-			}
-		}
-	}
-	return "", fmt.Errorf("no vendor.conf in %s or above: run this inside Berth's checkout", wd)
-}
-
-func isRoot(dir string) bool {
-	_, err := os.Stat(filepath.Join(dir, "vendor.conf"))
-	return err == nil
-}
-
 // Module is the folder of pin's module in the Go module cache, read-only; the module is downloaded if need be.
 func Module(ctx context.Context, root string, pin pins.Pin) (string, error) {
 	cmd := exec.CommandContext(ctx, "go", "mod", "download", "-json", pin.Module+"@"+pin.Version)

@@ -8,7 +8,6 @@ import (
 	"time"
 
 	"gotest.tools/v3/assert"
-	is "gotest.tools/v3/assert/cmp"
 	gofs "gotest.tools/v3/fs"
 
 	"berth/hack/pins"
@@ -133,20 +132,6 @@ func TestVendoredModuleGetsItsGoMod(t *testing.T) {
 		"go.sum":  "sums\n",
 		"main.go": "package main\n",
 	})
-}
-
-func TestRootIsTheNearestVendorConf(t *testing.T) {
-	root := checkout(t)
-	t.Chdir(filepath.Join(root, patchDir))
-	got, err := Root()
-	assert.NilError(t, err)
-	want, err := filepath.EvalSymlinks(root)
-	assert.NilError(t, err)
-	assert.Equal(t, got, want)
-
-	t.Chdir(t.TempDir())
-	_, err = Root()
-	assert.Check(t, is.ErrorContains(err, "inside Berth's checkout"))
 }
 
 func contents(t *testing.T, dir string) map[string]string {

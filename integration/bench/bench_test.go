@@ -14,17 +14,16 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
-	"path/filepath"
 	"runtime"
 	"slices"
 	"testing"
 	"time"
 
 	"berth/daemon/libnetwork/portmappers/nat"
-	"berth/hack/tree"
+	"berth/hack/checkout"
+	"berth/hack/stack"
 	"berth/integration/hostload"
 	"berth/integration/portdriver"
-	"berth/integration/stack"
 	"berth/integration/stacktest"
 
 	"github.com/moby/moby/v2/daemon/libnetwork/portallocator"
@@ -73,11 +72,11 @@ func startRootlessKit(b *testing.B) rootlessKit {
 	if os.Getenv(withoutStack) != "" {
 		b.Skip("a stack needs root here")
 	}
-	root, err := tree.Root()
+	root, err := checkout.Root()
 	assert.NilError(b, err)
 	s := stacktest.At(b)
-	logFile := filepath.Join(root, "build", "log", "bench.log")
-	assert.NilError(b, s.Up(b.Context(), stack.Options{Bin: filepath.Join(root, "build", "bin"), Log: logFile}))
+	logFile := checkout.Log(root, "bench.log")
+	assert.NilError(b, s.Up(b.Context(), stack.Options{Bin: checkout.Bin(root), Log: logFile}))
 	rlk, err := portdriver.Dial(b.Context(), s.RootlessKitSocket())
 	assert.NilError(b, err)
 	return rootlessKit{rlk}

@@ -9,7 +9,7 @@ import (
 
 	"gotest.tools/v3/assert"
 
-	"berth/integration/stack"
+	"berth/hack/stack"
 	"berth/integration/stacktest"
 )
 

@@ -4,7 +4,6 @@ package e2e
 
 import (
 	"bytes"
-	"context"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -17,12 +16,13 @@ import (
 	"testing"
 	"time"
 
+	"github.com/moby/moby/api/types/network"
 	"gotest.tools/v3/assert"
 
-	"berth/integration/image"
+	"berth/hack/stack"
 	"berth/integration/portdriver"
-	"berth/integration/stack"
 	"berth/integration/stacktest"
+	"berth/integration/whoami"
 )
 
 // binding is a port binding in the daemon's API.
@@ -154,7 +154,7 @@ func (r request) check(t *testing.T, d *stacktest.Daemon, id string) {
 	assert.Equal(t, len(published) == 0, r.dropped, "published at %v", published)
 	for _, a := range published {
 		assert.Assert(t, slices.Contains(ports, int(a.Port())), "published at %v", a)
-		stacktest.AssertAnswers(t, "tcp", reachable(a), id)
+		stacktest.AssertAnswers(t, "tcp", a, id)
 	}
 }
 
@@ -173,7 +173,7 @@ func publishMany(t *testing.T, d *stacktest.Daemon) {
 	for _, a := range d.Published(t, id) {
 		families[a.Port()] = append(families[a.Port()], a.Addr())
 		// What listens for a port that the container does not serve takes the connection, too.
-		conn, err := net.Dial("tcp", reachable(a).String())
+		conn, err := net.Dial("tcp", whoami.Reachable(a).String())
 		assert.NilError(t, err)
 		// No TIME-WAIT: as many ports of the host would be in the way of later tests for a minute.
 		assert.NilError(t, conn.(*net.TCPConn).SetLinger(0))
@@ -184,10 +184,10 @@ func publishMany(t *testing.T, d *stacktest.Daemon) {
 		slices.SortFunc(addrs, netip.Addr.Compare)
 		assert.Assert(t, slices.Equal(addrs, []netip.Addr{netip.IPv4Unspecified(), netip.IPv6Unspecified()}), "port %d is published on %v", port, addrs)
 	}
-	out, err := d.Docker("port", id, "80/tcp")
+	ports, err := d.Ports(t.Context(), id)
 	assert.NilError(t, err)
-	for line := range strings.Lines(out) {
-		stacktest.AssertAnswers(t, "tcp", reachable(netip.MustParseAddrPort(strings.TrimSpace(line))), id)
+	for _, at := range ports[network.MustParsePort("80/tcp")] {
+		stacktest.AssertAnswers(t, "tcp", at, id)
 	}
 	remove(t, d, id)
 }
@@ -204,7 +204,7 @@ func startByAPI(t *testing.T, d *stacktest.Daemon, network string, bindings map[
 		ID string `json:"Id"`
 	}
 	err := call(t, d, "/containers/create", map[string]any{
-		"Image":        image.Name,
+		"Image":        whoami.Image,
 		"ExposedPorts": exposed,
 		"HostConfig":   map[string]any{"PortBindings": bindings, "NetworkMode": network},
 	}, &made)
@@ -234,13 +234,7 @@ func call(t *testing.T, d *stacktest.Daemon, path string, body, answer any) erro
 	t.Helper()
 	data, err := json.Marshal(body)
 	assert.NilError(t, err)
-	client := http.Client{Transport: &http.Transport{
-		DisableKeepAlives: true,
-		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return new(net.Dialer).DialContext(ctx, "unix", strings.TrimPrefix(d.Host(), "unix://"))
-		},
-	}}
-	resp, err := client.Post("http://docker"+path, "application/json", bytes.NewReader(data))
+	resp, err := stacktest.HTTP(d.Stack).Post("http://docker"+path, "application/json", bytes.NewReader(data))
 	assert.NilError(t, err) // the daemon has gone
 	defer resp.Body.Close()
 	data, err = io.ReadAll(resp.Body)

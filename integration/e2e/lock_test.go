@@ -16,13 +16,14 @@ import (
 	"text/tabwriter"
 	"time"
 
+	"github.com/moby/moby/api/types/network"
+	"github.com/moby/moby/client"
 	"gotest.tools/v3/assert"
-	"gotest.tools/v3/poll"
 
-	"berth/integration/engine"
+	"berth/hack/stack"
 	"berth/integration/hostload"
-	"berth/integration/stack"
 	"berth/integration/stacktest"
+	"berth/integration/whoami"
 )
 
 var lockRounds = flag.Int("lock-rounds", 2, "how often TestStopsWaitForASearch measures each case")
@@ -32,6 +33,8 @@ const (
 	victims   = 4
 	victimGap = 50 * time.Millisecond
 )
+
+var port80 = network.MustParsePort("80/tcp")
 
 // takenPorts are how many host ports are taken, in a row, from the one on that a start takes first.
 var takenPorts = []int{0, 100, 1000, 10000}
@@ -101,11 +104,9 @@ func TestStopsWaitForASearch(t *testing.T) {
 }
 
 func measureLock(t *testing.T, d *stacktest.Daemon, name string) []lockRow {
-	e := engine.New(d.Host())
-	t.Cleanup(e.Close)
 	var others []string
 	for i := range victims {
-		id, err := e.Create(t.Context(), engine.Port{Container: "80/tcp", Host: fmt.Sprint(20400 + i)})
+		id, err := d.Create(t.Context(), network.PortMap{port80: {{HostPort: fmt.Sprint(20400 + i)}}})
 		assert.NilError(t, err)
 		others = append(others, id)
 	}
@@ -117,7 +118,7 @@ func measureLock(t *testing.T, d *stacktest.Daemon, name string) []lockRow {
 			r.Daemon, r.Taken = name, taken
 			r.Starts++
 			told := len(searches(t, d.Log))
-			if err := r.measure(t, e, others); err != nil {
+			if err := r.measure(t, d, others); err != nil {
 				r.Failed++
 			}
 			r.searches = append(r.searches, searches(t, d.Log)[told:]...)
@@ -143,32 +144,38 @@ func measureLock(t *testing.T, d *stacktest.Daemon, name string) []lockRow {
 
 // measure starts a container with r.Taken ports in its way, stops the others meanwhile, and
 // returns what the start failed with.
-func (r *lockRow) measure(t *testing.T, e *engine.Client, others []string) error {
+func (r *lockRow) measure(t *testing.T, d *stacktest.Daemon, others []string) error {
 	t.Helper()
 	ctx := t.Context()
 	var begun sync.WaitGroup
 	errs := make([]error, len(others))
 	for i, id := range others {
-		begun.Go(func() { errs[i] = e.Start(ctx, id) })
+		begun.Go(func() { _, errs[i] = d.API.ContainerStart(ctx, id, client.ContainerStartOptions{}) })
 	}
 	begun.Wait()
 	assert.NilError(t, errors.Join(errs...))
 	for i, id := range others {
-		awaitAnswer(t, 20400+i, id)
+		// It heeds no signal before it serves.
+		at := netip.AddrPortFrom(netip.IPv4Unspecified(), uint16(20400+i))
+		assert.NilError(t, whoami.Await("tcp", at, id, time.Minute))
 	}
 
 	create := func() string {
-		id, err := e.Create(ctx, engine.Port{Container: "80/tcp"})
+		id, err := d.Create(ctx, network.PortMap{port80: {{}}})
 		assert.NilError(t, err)
 		return id
 	}
 	last := create()
-	assert.NilError(t, e.Start(ctx, last))
-	published, err := e.Published(ctx, last)
+	_, err := d.API.ContainerStart(ctx, last, client.ContainerStartOptions{})
 	assert.NilError(t, err)
-	assert.Assert(t, len(published["80/tcp"]) > 0)
-	next := int(published["80/tcp"][0].Port()) + 1
-	assert.NilError(t, e.Remove(ctx, last))
+	published := d.Published(t, last)
+	assert.Assert(t, len(published) > 0)
+	next := int(published[0].Port()) + 1
+	remove := func(id string) {
+		_, err := d.API.ContainerRemove(ctx, id, client.ContainerRemoveOptions{Force: true})
+		assert.NilError(t, err)
+	}
+	remove(last)
 	if r.Taken > 0 {
 		var ports []int
 		for i := range r.Taken {
@@ -189,17 +196,17 @@ func (r *lockRow) measure(t *testing.T, e *engine.Client, others []string) error
 		stopped.Go(func() {
 			time.Sleep(time.Duration(i) * victimGap)
 			begin := time.Now()
-			errs[i] = e.Stop(ctx, id, 10*time.Second)
+			_, errs[i] = d.API.ContainerStop(ctx, id, client.ContainerStopOptions{})
 			stops[i] = time.Since(begin)
 		})
 	}
 	begin := time.Now()
-	failure := e.Start(ctx, searcher)
+	_, failure := d.API.ContainerStart(ctx, searcher, client.ContainerStartOptions{})
 	r.starts = append(r.starts, time.Since(begin))
 	stopped.Wait()
 	assert.NilError(t, errors.Join(errs...))
 	r.stops = append(r.stops, stops...)
-	assert.NilError(t, e.Remove(ctx, searcher))
+	remove(searcher)
 	return failure
 }
 
@@ -216,18 +223,6 @@ func searches(t *testing.T, log string) (took []time.Duration) {
 		took = append(took, d)
 	}
 	return took
-}
-
-// awaitAnswer waits until the container has begun to serve: it heeds no signal before.
-func awaitAnswer(t *testing.T, port int, id string) {
-	t.Helper()
-	poll.WaitOn(t, func(poll.LogT) poll.Result {
-		answer, err := stacktest.Ask("tcp", netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), uint16(port)))
-		if err != nil || !strings.Contains(answer, id[:12]) {
-			return poll.Continue("port %d answers %q, %v", port, answer, err)
-		}
-		return poll.Success()
-	}, poll.WithTimeout(time.Minute))
 }
 
 func median(list []time.Duration) time.Duration {

@@ -8,16 +8,16 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
-	"strings"
 	"testing"
 	"time"
 
 	"gotest.tools/v3/assert"
 	is "gotest.tools/v3/assert/cmp"
 
+	"berth/hack/stack"
 	"berth/integration/hostload"
-	"berth/integration/stack"
 	"berth/integration/stacktest"
+	"berth/integration/whoami"
 )
 
 // With the implicit port driver nobody asks for a port: pasta looks, every second, what
@@ -133,8 +133,8 @@ func TestPastaWhereTheKernelChooses(t *testing.T) {
 		id, err := d.Run(t, "0:80")
 		assert.NilError(t, err)
 		at := netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), d.Published(t, id)[0].Port())
-		if !answersSoon("tcp", at, id) {
-			t.Logf("%v is not the container's", at)
+		if err := whoami.Await("tcp", at, id, 10*time.Second); err != nil {
+			t.Log(err)
 			lost++
 		}
 		_, err = d.Docker("rm", "-f", id)
@@ -142,16 +142,6 @@ func TestPastaWhereTheKernelChooses(t *testing.T) {
 	}
 	t.Logf("%d of %d published ports were lost to others", lost, starts)
 	assert.Equal(t, lost, 0)
-}
-
-// answersSoon tells whether the container is what answers, once pasta has had the time.
-func answersSoon(network string, at netip.AddrPort, id string) bool {
-	for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); time.Sleep(50 * time.Millisecond) {
-		if answer, err := stacktest.Ask(network, at); err == nil && strings.HasSuffix(answer, id[:12]+"\n") {
-			return true
-		}
-	}
-	return false
 }
 
 // assertAnswers checks that the container is what answers at the port on IPv4: RootlessKit

@@ -4,15 +4,14 @@ package e2e
 
 import (
 	"os"
-	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
 
 	"gotest.tools/v3/assert"
 
-	"berth/hack/tree"
-	"berth/integration/stack"
+	"berth/hack/checkout"
+	"berth/hack/stack"
 	"berth/integration/stacktest"
 	"berth/integration/stress"
 )
@@ -44,16 +43,16 @@ func TestTwoUsersStartAtOnce(t *testing.T) {
 // startAtOnce has two users start as many containers each, at the same time.
 func startAtOnce(t *testing.T, name, dockerd string, starts int) (results []stress.Result) {
 	t.Run(name, func(t *testing.T) {
-		root, err := tree.Root()
+		root, err := checkout.Root()
 		assert.NilError(t, err)
 		var scripts []stress.Script
-		for _, user := range stack.TestUsers {
+		for _, user := range stacktest.Users {
 			d := stacktest.StartAs(t, user, dockerd, stack.Options{})
 			out := new(strings.Builder)
 			t.Cleanup(func() { t.Logf("%s's %s:\n%s", user, name, out) })
 			scripts = append(scripts, stress.Script{
 				Repository: root,
-				Bin:        filepath.Join(root, "build", "bin"),
+				Bin:        checkout.Bin(root),
 				Host:       d.Host(),
 				Starts:     starts,
 				AtOnce:     4,
@@ -68,7 +67,7 @@ func startAtOnce(t *testing.T, name, dockerd string, starts int) (results []stre
 			wg.Go(func() { results[i], errs[i] = s.Run(t.Context()) })
 		}
 		wg.Wait()
-		for i, user := range stack.TestUsers {
+		for i, user := range stacktest.Users {
 			assert.NilError(t, errs[i])
 			results[i].Name = name + ", user " + user
 		}

@@ -2,7 +2,7 @@
 // what a bad day does: delays them, cuts connections, spoils answers.
 //
 //	p, err := faultproxy.Start(s.RootlessKitSocket())
-//	s.Up(ctx, stack.Options{RootlessKitAPI: p.Socket, ...})
+//	s.Up(ctx, stack.Options{Env: stacktest.Behind(t, p.Socket), ...})
 //	p.Inject(faultproxy.At(faultproxy.AddPort, 2, faultproxy.CutAfter))
 package faultproxy
 

@@ -7,16 +7,16 @@ package faults
 import (
 	"fmt"
 	"strconv"
-	"strings"
 	"testing"
 	"time"
 
+	"github.com/moby/moby/api/types/network"
 	"gotest.tools/v3/assert"
 	is "gotest.tools/v3/assert/cmp"
 
 	"berth/integration/faultproxy"
-	"berth/integration/image"
 	"berth/integration/stacktest"
+	"berth/integration/whoami"
 )
 
 func TestMain(m *testing.M) { stacktest.Main(m) }
@@ -267,7 +267,7 @@ func (r *rig) run(publish ...string) (container string, _ error) {
 	for _, p := range publish {
 		args = append(args, "-p", p)
 	}
-	_, err := r.d.Docker(append(args, image.Name)...)
+	_, err := r.d.Docker(append(args, whoami.Image)...)
 	return container, err
 }
 
@@ -282,9 +282,9 @@ func (r *rig) answers(t *testing.T, container string) {
 	t.Helper()
 	id, err := r.d.Docker("inspect", "-f", "{{.Id}}", container)
 	assert.NilError(t, err)
-	out, err := r.d.Docker("port", container, "80/tcp")
+	ports, err := r.d.Ports(t.Context(), id)
 	assert.NilError(t, err)
-	for line := range strings.Lines(out) {
-		stacktest.AssertAnswers(t, "tcp", reachable(t, strings.TrimSpace(line)), id)
+	for _, at := range ports[network.MustParsePort("80/tcp")] {
+		stacktest.AssertAnswers(t, "tcp", at, id)
 	}
 }

@@ -14,10 +14,10 @@ import (
 	"gotest.tools/v3/assert"
 	"gotest.tools/v3/poll"
 
+	"berth/hack/stack"
 	"berth/integration/hostload"
-	"berth/integration/image"
-	"berth/integration/stack"
 	"berth/integration/stacktest"
+	"berth/integration/whoami"
 )
 
 // inFlight is how many containers are being started when the end comes.
@@ -118,7 +118,7 @@ func allAnswer(t *testing.T, d *stacktest.Daemon) {
 		id, err := d.Docker("inspect", "-f", "{{.Id}}", containerName(i))
 		assert.NilError(t, err)
 		for _, a := range d.Published(t, id) {
-			stacktest.AssertAnswers(t, "tcp", reachable(t, a.String()), id)
+			stacktest.AssertAnswers(t, "tcp", a, id)
 		}
 	}
 }
@@ -128,7 +128,7 @@ func startAll(d *stacktest.Daemon) <-chan error {
 	ended := make(chan error, inFlight)
 	for i := range inFlight {
 		go func() {
-			_, err := d.Docker("run", "-d", "--name", containerName(i), "-p", "0:80", image.Name)
+			_, err := d.Docker("run", "-d", "--name", containerName(i), "-p", "0:80", whoami.Image)
 			ended <- err
 		}()
 	}

@@ -5,12 +5,10 @@ package faults
 import (
 	"bufio"
 	"cmp"
-	"context"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
-	"net/netip"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -24,8 +22,8 @@ import (
 	"gotest.tools/v3/assert"
 	"gotest.tools/v3/poll"
 
+	"berth/hack/stack"
 	"berth/integration/faultproxy"
-	"berth/integration/stack"
 	"berth/integration/stacktest"
 )
 
@@ -34,7 +32,7 @@ type rig struct {
 	d          *stacktest.Daemon
 	proxy      *faultproxy.Proxy
 	rlk        client.Client // not through the proxy
-	docker     http.Client
+	docker     *http.Client
 	containers int // started so far
 	faults     int // injected so far
 
@@ -71,19 +69,14 @@ func start(t *testing.T) *rig {
 	assert.NilError(t, err)
 	t.Cleanup(func() { assert.NilError(t, proxy.Close()) })
 	r := &rig{
-		d:        stacktest.Start(t, "dockerd", stack.Options{RootlessKitAPI: proxy.Socket}),
+		d:        stacktest.Start(t, "dockerd", stack.Options{Env: stacktest.Behind(t, proxy.Socket)}),
 		proxy:    proxy,
 		reserved: map[int]bool{},
 	}
 	r.rlk, err = client.New(s.RootlessKitSocket())
 	assert.NilError(t, err)
 	t.Cleanup(func() { r.rlk.Close() })
-	r.docker.Transport = &http.Transport{
-		DisableKeepAlives: true,
-		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return new(net.Dialer).DialContext(ctx, "unix", strings.TrimPrefix(r.d.Host(), "unix://"))
-		},
-	}
+	r.docker = stacktest.HTTP(s)
 	r.own = listeners(t, r.d.Stack)
 
 	// The first starts leave what a daemon has from then on, like connections to containerd.
@@ -302,18 +295,4 @@ func (r *rig) said(t *testing.T, mark int64) []string {
 	}
 	assert.NilError(t, lines.Err())
 	return said
-}
-
-// reachable is where one asks a port that is published at an address, which may be all.
-func reachable(t *testing.T, at string) netip.AddrPort {
-	t.Helper()
-	a, err := netip.ParseAddrPort(at)
-	assert.NilError(t, err)
-	switch a.Addr() {
-	case netip.IPv4Unspecified():
-		return netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), a.Port())
-	case netip.IPv6Unspecified():
-		return netip.AddrPortFrom(netip.IPv6Loopback(), a.Port())
-	}
-	return a
 }

@@ -26,9 +26,9 @@ import (
 	"gotest.tools/v3/golden"
 
 	"berth/daemon/libnetwork/portmappers/nat"
-	"berth/hack/tree"
+	"berth/hack/checkout"
+	"berth/hack/stack"
 	"berth/integration/hostload"
-	"berth/integration/stack"
 	"berth/integration/stacktest"
 )
 
@@ -214,20 +214,20 @@ type Seen struct {
 
 func TestPortDrivers(t *testing.T) {
 	needs(t)
-	root, err := tree.Root()
+	root, err := checkout.Root()
 	assert.NilError(t, err)
 	var fake map[string][]Result
 	t.Run("fake", func(t *testing.T) { fake = runFake(t, root) })
 	var all []Seen
 	for _, k := range rootlessKits {
 		t.Run(k.version+"/"+k.driver, func(t *testing.T) {
-			bin := filepath.Join(root, "build", "bin")
+			bin := checkout.Bin(root)
 			results := run(t, stack.Options{
 				Bin:         bin,
 				RootlessKit: filepath.Join(bin, k.binary),
 				Net:         k.network,
 				PortDriver:  k.driver,
-				Log:         filepath.Join(root, "build", "log", "test", "portdriver-"+k.version+"-"+k.driver+".log"),
+				Log:         checkout.Log(root, "test", "portdriver-"+k.version+"-"+k.driver+".log"),
 			}, k.version)
 			all = append(all, Seen{k.driver, k.version, k.network, results})
 			cases := Cases()
@@ -289,13 +289,7 @@ func run(t *testing.T, o stack.Options, version string) []Result {
 		t.Logf("the stack's log: %s", o.Log)
 	})
 	assert.NilError(t, s.Up(t.Context(), o))
-	c := http.Client{Transport: &http.Transport{
-		DisableKeepAlives: true,
-		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return new(net.Dialer).DialContext(ctx, "unix", strings.TrimPrefix(s.Host(), "unix://"))
-		},
-	}}
-	resp, err := c.Get("http://suite/run?rootlesskit=" + version)
+	resp, err := stacktest.HTTP(s).Get("http://suite/run?rootlesskit=" + version)
 	assert.NilError(t, err)
 	defer resp.Body.Close()
 	body, err := io.ReadAll(resp.Body)

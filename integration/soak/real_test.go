@@ -6,7 +6,6 @@ import (
 	"context"
 	"flag"
 	"fmt"
-	"maps"
 	"math/rand/v2"
 	"net"
 	"net/netip"
@@ -14,7 +13,6 @@ import (
 	"os/signal"
 	"os/user"
 	"regexp"
-	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -22,15 +20,17 @@ import (
 	"testing"
 	"time"
 
-	"github.com/rootless-containers/rootlesskit/v3/pkg/api/client"
+	"github.com/moby/moby/api/types/network"
+	"github.com/moby/moby/client"
+	rlkclient "github.com/rootless-containers/rootlesskit/v3/pkg/api/client"
 	"github.com/rootless-containers/rootlesskit/v3/pkg/port"
 	"gotest.tools/v3/assert"
 
-	"berth/integration/engine"
+	"berth/hack/stack"
 	"berth/integration/faultproxy"
 	"berth/integration/hostload"
-	"berth/integration/stack"
 	"berth/integration/stacktest"
+	"berth/integration/whoami"
 )
 
 var (
@@ -45,6 +45,7 @@ const (
 	line       = time.Minute      // between two lines of progress
 	restLimit  = 30 * time.Second // for what is under way to end, on a busy machine
 	answerWait = 30 * time.Second // for a container's program to serve
+	lifeLimit  = 2 * time.Minute  // longer than all that the daemon does for a container, and waits for
 	// A daemon that is gone fails thousands of starts a second.
 	afterFailure = time.Second
 	shown        = 10 // failures that are told in full
@@ -60,11 +61,11 @@ func TestSoak(t *testing.T) {
 	proxy, err := faultproxy.Start(socket)
 	assert.NilError(t, err)
 	t.Cleanup(func() { assert.Check(t, proxy.Close()) })
-	d := stacktest.Start(t, "dockerd", stack.Options{NoDetachNetns: *noDetachNetns, RootlessKitAPI: proxy.Socket})
+	d := stacktest.Start(t, "dockerd", stack.Options{NoDetachNetns: *noDetachNetns, Env: stacktest.Behind(t, proxy.Socket)})
 	ctx, stop := signal.NotifyContext(t.Context(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	s := soak{t: t, ctx: ctx, d: d, engine: engine.New(d.Host()), proxy: proxy, begun: time.Now()}
-	s.rlk, err = client.New(socket)
+	s := soak{t: t, ctx: ctx, d: d, proxy: proxy, begun: time.Now()}
+	s.rlk, err = rlkclient.New(socket)
 	assert.NilError(t, err)
 	defer s.rlk.Close()
 	random := rand.New(rand.NewPCG(1, 2))
@@ -121,27 +122,28 @@ func TestSoak(t *testing.T) {
 }
 
 type soak struct {
-	t      *testing.T
-	ctx    context.Context // ends when the soak is interrupted
-	d      *stacktest.Daemon
-	engine *engine.Client
-	proxy  *faultproxy.Proxy
-	rlk    client.Client // not through the proxy
-	begun  time.Time
-	alien  int // listeners that are not those of published ports
-	peak   int // the most listeners that there were at once
+	t     *testing.T
+	ctx   context.Context // ends when the soak is interrupted
+	d     *stacktest.Daemon
+	proxy *faultproxy.Proxy
+	rlk   rlkclient.Client // not through the proxy
+	begun time.Time
+	alien int // listeners that are not those of published ports
+	peak  int // the most listeners that there were at once
 
 	mu                         sync.Mutex
 	starts, injected, failures int
 }
 
 // publishes are what containers ask for, in turn.
-var publishes = [][]engine.Port{
-	{{Container: "80/tcp"}},
-	{{Container: "80/tcp"}, {Container: "80/udp"}},
-	{{Container: "80/tcp", HostIP: "127.0.0.1"}},
-	{{Container: "80/tcp", Host: "20000-20063"}},
+var publishes = []network.PortMap{
+	{tcp80: {{}}},
+	{tcp80: {{}}, udp80: {{}}},
+	{tcp80: {{HostIP: netip.AddrFrom4([4]byte{127, 0, 0, 1})}}},
+	{tcp80: {{HostPort: "20000-20063"}}},
 }
+
+var tcp80, udp80 = network.MustParsePort("80/tcp"), network.MustParsePort("80/udp")
 
 // work starts and stops containers until the end, and returns when all are gone.
 func (s *soak) work(end time.Time) {
@@ -210,62 +212,47 @@ func (s *soak) failed(n int, err error) {
 
 // container is the life of the n-th one.
 func (s *soak) container(ctx context.Context, n int) (retErr error) {
-	id, err := s.engine.Create(ctx, publishes[n%len(publishes)]...)
+	ctx, cancel := context.WithTimeout(ctx, lifeLimit)
+	defer cancel()
+	id, err := s.d.Create(ctx, publishes[n%len(publishes)])
 	if err != nil {
 		return err
 	}
 	defer func() {
-		if err := s.engine.Remove(ctx, id); err != nil && retErr == nil {
+		_, err := s.d.API.ContainerRemove(ctx, id, client.ContainerRemoveOptions{Force: true})
+		if err != nil && retErr == nil {
 			retErr = err
 		}
 	}()
-	if err := s.engine.Start(ctx, id); err != nil {
+	if _, err := s.d.API.ContainerStart(ctx, id, client.ContainerStartOptions{}); err != nil {
 		return err
 	}
-	published, err := s.engine.Published(ctx, id)
+	published, err := s.d.Ports(ctx, id)
 	if err != nil {
 		return err
 	}
-	for _, p := range publishes[n%len(publishes)] {
-		if len(published[p.Container]) == 0 {
-			return fmt.Errorf("%s of container %.12s is not published: %v", p.Container, id, published)
+	for p := range publishes[n%len(publishes)] {
+		if len(published[p]) == 0 {
+			return fmt.Errorf("%s of container %.12s is not published: %v", p, id, published)
 		}
-	}
-	for _, port := range slices.Sorted(maps.Keys(published)) {
-		for _, at := range published[port] {
-			_, network, _ := strings.Cut(port, "/")
-			if err := awaitAnswer(network, at, id); err != nil {
+		for _, at := range published[p] {
+			if err := whoami.Await(string(p.Proto()), at, id, answerWait); err != nil {
 				return err
 			}
 		}
 	}
 	// The other half is removed as it runs.
 	if n/len(publishes)%2 == 0 {
-		return s.engine.Stop(ctx, id, 10*time.Second)
+		_, err := s.d.API.ContainerStop(ctx, id, client.ContainerStopOptions{})
+		return err
 	}
 	return nil
-}
-
-// awaitAnswer waits until the container answers. A stranger that answers in its place is an
-// error at once.
-func awaitAnswer(network string, at netip.AddrPort, id string) error {
-	for end := time.Now().Add(answerWait); ; time.Sleep(20 * time.Millisecond) {
-		answer, err := stacktest.Ask(network, at)
-		switch {
-		case err == nil && strings.HasSuffix(answer, id[:12]+"\n"):
-			return nil
-		case err == nil && answer != "":
-			return fmt.Errorf("%s %v answered %q, want container %.12s", network, at, answer, id)
-		case time.Now().After(end):
-			return fmt.Errorf("%s %v, container %.12s: no answer: %v", network, at, id, err)
-		}
-	}
 }
 
 // atRest is what there is when the daemon has come to rest: it is waited for to be like the
 // first sample, since there are things that end after their container.
 func (s *soak) atRest(samples []Sample) Sample {
-	s.engine.Close()
+	s.d.API.Close() // its idle connections
 	for end := time.Now().Add(restLimit); ; time.Sleep(500 * time.Millisecond) {
 		sample := s.sample()
 		first := sample
@@ -300,12 +287,13 @@ func (s *soak) sample() Sample {
 			sample.Named++
 		}
 	}
-	containers, err := s.engine.Containers(ctx)
+	containers, err := s.d.API.ContainerList(ctx, client.ContainerListOptions{All: true})
 	assert.NilError(t, err)
-	sample.Containers = len(containers)
-	sample.Goroutines, err = s.engine.Goroutines(ctx)
+	sample.Containers = len(containers.Items)
+	info, err := s.d.API.Info(ctx, client.InfoOptions{})
 	assert.NilError(t, err)
-	s.engine.Close()
+	sample.Goroutines = info.Info.NGoroutines
+	s.d.API.Close()
 	sample.Listeners = listeners(t, s.d) - s.alien - sample.Named
 
 	dockerd, err := s.d.PIDs("dockerd")

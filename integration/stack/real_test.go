@@ -1,6 +1,7 @@
 //go:build integration
 
-package stack_test
+// Package stack has the tests of hack/stack on real stacks.
+package stack
 
 import (
 	"context"
@@ -16,8 +17,8 @@ import (
 	"gotest.tools/v3/assert"
 	"gotest.tools/v3/poll"
 
-	"berth/hack/tree"
-	"berth/integration/stack"
+	"berth/hack/checkout"
+	"berth/hack/stack"
 	"berth/integration/stacktest"
 )
 
@@ -25,9 +26,9 @@ func TestMain(m *testing.M) { stacktest.Main(m) }
 
 func binDir(t *testing.T) string {
 	t.Helper()
-	root, err := tree.Root()
+	root, err := checkout.Root()
 	assert.NilError(t, err)
-	return filepath.Join(root, "build", "bin")
+	return checkout.Bin(root)
 }
 
 func TestUpTwiceSaysSo(t *testing.T) {

@@ -11,8 +11,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"net"
+	"net/http"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -20,21 +20,28 @@ import (
 	"path/filepath"
 	"regexp"
 	"runtime"
+	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 
+	"github.com/moby/moby/api/types/container"
+	"github.com/moby/moby/api/types/network"
+	"github.com/moby/moby/client"
 	"gotest.tools/v3/assert"
-	"gotest.tools/v3/poll"
 
-	"berth/hack/tree"
-	"berth/integration/image"
-	"berth/integration/stack"
+	"berth/hack/checkout"
+	"berth/hack/stack"
+	"berth/integration/whoami"
 )
 
 // Addresses are the host's addresses other than loopback, for tests run by root: Main makes them.
 var Addresses = [2]string{"10.0.0.1", "10.0.0.2"}
+
+// Users are those whose stacks root's tests run: a test can have one of each. hack/deps.sh makes them.
+var Users = [2]string{stack.DefaultUser, "berth2"}
 
 const inNamespace = "BERTH_TEST_NETNS"
 
@@ -68,7 +75,7 @@ func Main(m *testing.M) {
 var interrupted context.Context
 
 func downAndExit() {
-	for _, user := range stack.TestUsers {
+	for _, user := range Users {
 		s, err := place(user)
 		for deadline := time.Now().Add(10 * time.Second); err == nil && time.Now().Before(deadline); {
 			// The test may be at work there itself, for a moment.
@@ -128,6 +135,7 @@ type Daemon struct {
 	*stack.Stack
 	Options stack.Options // that it was started with
 	Log     string        // file with the stack's output
+	API     *client.Client
 	docker  string
 }
 
@@ -136,24 +144,23 @@ type Daemon struct {
 // anything. Its log is kept in build/log when the test fails.
 func Start(t *testing.T, dockerd string, o stack.Options) *Daemon {
 	t.Helper()
-	return StartAs(t, stack.TestUsers[0], dockerd, o)
+	return StartAs(t, Users[0], dockerd, o)
 }
 
-// StartAs is [Start] for root, with the test user that the stack runs as. A test can have one
-// stack of each.
-func StartAs(t *testing.T, testUser, dockerd string, o stack.Options) *Daemon {
+// StartAs is [Start] for root, with the one of [Users] that the stack runs as.
+func StartAs(t *testing.T, asUser, dockerd string, o stack.Options) *Daemon {
 	t.Helper()
-	root, err := tree.Root()
+	root, err := checkout.Root()
 	assert.NilError(t, err)
-	s := at(t, testUser)
+	s := at(t, asUser)
 	if o.Bin == "" {
-		o.Bin = filepath.Join(root, "build", "bin")
+		o.Bin = checkout.Bin(root)
 	}
 	if name := os.Getenv(standIn); name != "" && dockerd == "dockerd" {
 		dockerd = name
 	}
 	o.Dockerd = filepath.Join(o.Bin, dockerd)
-	o.Log = filepath.Join(root, "build", "log", "test", strings.ReplaceAll(t.Name(), "/", "-")+"-"+s.User()+".log")
+	o.Log = checkout.Log(root, "test", strings.ReplaceAll(t.Name(), "/", "-")+"-"+s.User()+".log")
 	t.Cleanup(func() {
 		if err := s.Down(context.Background()); err != nil {
 			t.Error(err)
@@ -167,7 +174,10 @@ func StartAs(t *testing.T, testUser, dockerd string, o stack.Options) *Daemon {
 	})
 	assert.NilError(t, s.Up(interrupted, o))
 	d := &Daemon{Stack: s, Options: o, Log: o.Log, docker: filepath.Join(o.Bin, "docker")}
-	assert.NilError(t, image.Import(t.Context(), root, d.docker, s.Host()))
+	d.API, err = s.Client()
+	assert.NilError(t, err)
+	t.Cleanup(func() { d.API.Close() })
+	assert.NilError(t, whoami.Import(t.Context(), root, d.API))
 	return d
 }
 
@@ -176,20 +186,45 @@ func StartAs(t *testing.T, testUser, dockerd string, o stack.Options) *Daemon {
 // package share a place; packages are tested side by side.
 func At(t testing.TB) *stack.Stack {
 	t.Helper()
-	return at(t, stack.TestUsers[0])
+	return at(t, Users[0])
 }
 
-func at(t testing.TB, testUser string) *stack.Stack {
+func at(t testing.TB, asUser string) *stack.Stack {
 	t.Helper()
-	s, err := place(testUser)
+	s, err := place(asUser)
 	assert.NilError(t, err)
 	assert.NilError(t, s.Down(t.Context()))
 	t.Cleanup(func() { assert.NilError(t, s.Down(context.Background())) })
 	return s
 }
 
-func place(testUser string) (*stack.Stack, error) {
-	return stack.AtUser("test-"+strings.TrimSuffix(filepath.Base(os.Args[0]), ".test"), testUser)
+func place(asUser string) (*stack.Stack, error) {
+	return stack.AtUser("test-"+strings.TrimSuffix(filepath.Base(os.Args[0]), ".test"), asUser)
+}
+
+// behindAPI runs dockerd with another socket in the place of RootlessKit's API. It does so in
+// RootlessKit's child, whose mounts are its own: on the host, RootlessKit's socket stays where it is.
+const behindAPI = `#!/bin/sh
+set -eu
+api="$ROOTLESSKIT_STATE_DIR/api.sock"
+# RootlessKit makes it when the child runs already.
+until [ -S "$api" ]; do sleep 0.05; done
+mount --bind "$BERTH_TEST_API" "$api"
+exec dockerd "$@"
+`
+
+// Behind is the Env of a stack whose dockerd finds the socket where RootlessKit's API is. The
+// stack's user must be able to connect to it.
+func Behind(t *testing.T, socket string) []string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "berth-behind-") // t.TempDir keeps others out
+	assert.NilError(t, err)
+	t.Cleanup(func() { assert.NilError(t, os.RemoveAll(dir)) })
+	assert.NilError(t, os.Chmod(dir, 0o755))
+	script := filepath.Join(dir, "dockerd-behind-api")
+	assert.NilError(t, os.WriteFile(script, []byte(behindAPI), 0o755))
+	assert.NilError(t, os.Chmod(script, 0o755)) // whatever the umask
+	return []string{"DOCKERD=" + script, "BERTH_TEST_API=" + socket}
 }
 
 // Docker runs the docker CLI and returns its output; the error has what it said.
@@ -225,38 +260,70 @@ func (d *Daemon) Run(t *testing.T, publish ...string) (id string, _ error) {
 			assert.NilError(t, err)
 		}
 	})
-	return d.Docker(append(args, image.Name)...)
+	return d.Docker(append(args, whoami.Image)...)
 }
 
 // Published returns the host addresses where the container's ports are published.
 func (d *Daemon) Published(t *testing.T, id string) []netip.AddrPort {
 	t.Helper()
-	out, err := d.Docker("port", id)
+	ports, err := d.Ports(t.Context(), id)
 	assert.NilError(t, err)
 	var list []netip.AddrPort
-	for line := range strings.Lines(out) {
-		_, host, _ := strings.Cut(strings.TrimSpace(line), " -> ")
-		a, err := netip.ParseAddrPort(host)
-		assert.NilError(t, err)
-		list = append(list, a)
+	for _, at := range ports {
+		list = append(list, at...)
 	}
+	slices.SortFunc(list, netip.AddrPort.Compare)
 	return list
 }
 
-// AssertAnswers checks that a container of the test image is what answers at the address;
-// network is tcp or udp.
+// Ports returns the host addresses of the running container's ports.
+func (d *Daemon) Ports(ctx context.Context, id string) (map[network.Port][]netip.AddrPort, error) {
+	found, err := d.API.ContainerInspect(ctx, id, client.ContainerInspectOptions{})
+	if err != nil {
+		return nil, err
+	}
+	published := map[network.Port][]netip.AddrPort{}
+	for port, bindings := range found.Container.NetworkSettings.Ports {
+		for _, b := range bindings {
+			hostPort, err := strconv.ParseUint(b.HostPort, 10, 16)
+			if err != nil {
+				return nil, fmt.Errorf("container %.12s, port %s: %w", id, port, err)
+			}
+			published[port] = append(published[port], netip.AddrPortFrom(b.HostIP, uint16(hostPort)))
+		}
+	}
+	return published, nil
+}
+
+// Create makes a container of the test image with the ports published, and returns its id.
+func (d *Daemon) Create(ctx context.Context, ports network.PortMap) (id string, _ error) {
+	made, err := d.API.ContainerCreate(ctx, client.ContainerCreateOptions{
+		Image:      whoami.Image,
+		HostConfig: &container.HostConfig{PortBindings: ports},
+	})
+	return made.ID, err
+}
+
+// HTTP returns a client of the API of whatever is in the stack's place of a daemon, at any URL, for what dockerd's own client
+// does not ask.
+func HTTP(s *stack.Stack) *http.Client {
+	return &http.Client{Transport: &http.Transport{
+		DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "unix", strings.TrimPrefix(s.Host(), "unix://"))
+		},
+	}}
+}
+
+// AssertAnswers checks that a container of the test image is what answers at the address, which
+// may be all of a family; network is tcp or udp.
 func AssertAnswers(t *testing.T, network string, at netip.AddrPort, id string) {
 	t.Helper()
-	var answer string
-	poll.WaitOn(t, func(poll.LogT) poll.Result {
-		var err error
-		if answer, err = Ask(network, at); err != nil || answer == "" {
-			return poll.Continue("%s %v does not answer: %v", network, at, err) // not yet listening
-		}
-		return poll.Success()
-	})
-	assert.Assert(t, strings.HasSuffix(answer, id[:12]+"\n"), "%s %v answered %q, want %s", network, at, answer, id[:12])
+	assert.NilError(t, whoami.Await(network, at, id, answerLimit))
 }
+
+// answerLimit is for a container's program to serve, on a busy machine.
+const answerLimit = 30 * time.Second
 
 // WriteResults keeps what a test has seen in build/results, as JSON.
 func WriteResults(t *testing.T, name string, results any) {
@@ -269,9 +336,9 @@ func WriteResults(t *testing.T, name string, results any) {
 // WriteText is [WriteResults] for what people read; it ends the last line.
 func WriteText(t *testing.T, name, text string) {
 	t.Helper()
-	root, err := tree.Root()
+	root, err := checkout.Root()
 	assert.NilError(t, err)
-	dir := filepath.Join(root, "build", "results")
+	dir := checkout.Results(root)
 	assert.NilError(t, os.MkdirAll(dir, 0o755))
 	assert.NilError(t, os.WriteFile(filepath.Join(dir, name), []byte(strings.TrimRight(text, "\n")+"\n"), 0o644))
 }
@@ -286,26 +353,4 @@ func LostPort(line string) (hostPort string, ok bool) {
 		return "", false
 	}
 	return net.JoinHostPort(m[1], m[2]) + "/" + m[3], true
-}
-
-// Ask returns all that comes back from the address; network is tcp or udp.
-func Ask(network string, at netip.AddrPort) (string, error) {
-	conn, err := net.DialTimeout(network, at.String(), time.Second)
-	if err != nil {
-		return "", err
-	}
-	defer conn.Close()
-	if err := conn.SetDeadline(time.Now().Add(time.Second)); err != nil {
-		return "", err
-	}
-	if _, err := io.WriteString(conn, "GET / HTTP/1.0\r\n\r\n"); err != nil {
-		return "", err
-	}
-	if network == "udp" {
-		buf := make([]byte, 100)
-		n, err := conn.Read(buf)
-		return string(buf[:n]), err
-	}
-	answer, err := io.ReadAll(conn)
-	return string(answer), err
 }

@@ -17,7 +17,7 @@ import (
 	"syscall"
 	"text/tabwriter"
 
-	"berth/integration/image"
+	"berth/integration/whoami"
 )
 
 // Script is one run of stress.sh. The daemon has the test image.
@@ -33,7 +33,7 @@ type Script struct {
 // all at once.
 func (s Script) Run(ctx context.Context) (Result, error) {
 	cmd := exec.CommandContext(ctx, filepath.Join(s.Repository, "hack", "stress.sh"),
-		"-n", strconv.Itoa(s.Starts), "-c", strconv.Itoa(s.AtOnce), "-i", image.Name, "-k")
+		"-n", strconv.Itoa(s.Starts), "-c", strconv.Itoa(s.AtOnce), "-i", whoami.Image, "-k")
 	cmd.Env = append(os.Environ(), "DOCKER_HOST="+s.Host, "PATH="+s.Bin+":"+os.Getenv("PATH"))
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) } // it ends what it has begun
 	var out bytes.Buffer

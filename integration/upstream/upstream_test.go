@@ -17,8 +17,8 @@ import (
 
 	"gotest.tools/v3/assert"
 
+	"berth/hack/checkout"
 	"berth/hack/pins"
-	"berth/hack/tree"
 )
 
 // packages has the patch's own, what it stands on, and what calls it.
@@ -29,7 +29,7 @@ var packages = []string{
 }
 
 func TestUpstreamsTestsHold(t *testing.T) {
-	root, err := tree.Root()
+	root, err := checkout.Root()
 	assert.NilError(t, err)
 	list, err := pins.Load(filepath.Join(root, "vendor.conf"))
 	assert.NilError(t, err)

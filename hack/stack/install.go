@@ -11,8 +11,8 @@ import (
 	"strconv"
 )
 
-// TestUsers are those whose stacks root runs. hack/deps.sh makes them.
-var TestUsers = [2]string{"berth", "berth2"}
+// DefaultUser is whose stacks root runs. hack/deps.sh makes it.
+const DefaultUser = "berth"
 
 // account is the user that a stack runs as.
 type account struct {
@@ -21,8 +21,8 @@ type account struct {
 	uid, gid int
 }
 
-// stackAccount returns our own account or, when we are root, the test user's.
-func stackAccount(testUser string) (account, error) {
+// stackAccount returns our own account or, when we are root, the one of that name.
+func stackAccount(name string) (account, error) {
 	if uid := os.Getuid(); uid != 0 {
 		home, err := os.UserHomeDir()
 		if err != nil {
@@ -34,9 +34,9 @@ func stackAccount(testUser string) (account, error) {
 		}
 		return account{name: name, home: home, uid: uid, gid: os.Getgid()}, nil
 	}
-	u, err := user.Lookup(testUser)
+	u, err := user.Lookup(name)
 	if err != nil {
-		return account{}, fmt.Errorf("root's stacks run as the user %s: %w: make it with hack/deps.sh", testUser, err)
+		return account{}, fmt.Errorf("root's stacks run as the user %s: %w: make it with hack/deps.sh", name, err)
 	}
 	uid, err := strconv.Atoi(u.Uid)
 	if err != nil {
@@ -48,22 +48,6 @@ func stackAccount(testUser string) (account, error) {
 	}
 	return account{name: u.Username, home: u.HomeDir, uid: uid, gid: gid}, nil
 }
-
-// behindAPI runs dockerd with another socket in the place of RootlessKit's API. It does so in
-// RootlessKit's child, whose mounts are its own: on the host, RootlessKit's socket stays where it is.
-const behindAPI = `#!/bin/sh
-set -eu
-api="$ROOTLESSKIT_STATE_DIR/api.sock"
-# RootlessKit makes it when the child runs already.
-until [ -S "$api" ]; do sleep 0.05; done
-mount --bind "$` + behindAPIVar + `" "$api"
-exec "$(dirname "$0")/dockerd" "$@"
-`
-
-const (
-	behindAPIName = "dockerd-behind-api"
-	behindAPIVar  = "BERTH_ROOTLESSKIT_API"
-)
 
 // install makes the stack's folders, and puts into its own bin folder what it runs. That
 // folder is how its processes are known later, and it can be read by the stack's user.
@@ -99,15 +83,6 @@ func (s *Stack) install(o Options) error {
 	// dockerd-rootless.sh prefers a docker-rootlesskit, which the machine may have of its own.
 	if err := put("docker-rootlesskit", o.RootlessKit); err != nil {
 		return err
-	}
-	if o.RootlessKitAPI != "" {
-		script := filepath.Join(s.binDir(), behindAPIName)
-		if err := os.WriteFile(script, []byte(behindAPI), 0o755); err != nil {
-			return err
-		}
-		if err := os.Chmod(script, 0o755); err != nil {
-			return err
-		}
 	}
 	names := []string{"dockerd-rootless.sh", "docker-proxy", "containerd", "containerd-shim-runc-v2", "runc"}
 	if o.Net == "pasta" {

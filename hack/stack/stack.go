@@ -2,7 +2,7 @@
 // through upstream's dockerd-rootless.sh, as an ordinary user.
 //
 // The stack belongs to the current user or, when that is root (dockerd-rootless.sh
-// refuses root), to one of [TestUsers]. Everything it makes, and a copy of all it runs,
+// refuses root), to another one. Everything it makes, and a copy of all it runs,
 // lies beneath one directory in that user's home, so that it runs from a checkout which
 // the user cannot enter, and [Stack.Down] can remove it and show that nothing is left.
 package stack
@@ -12,8 +12,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
-	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -23,6 +21,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/moby/moby/client"
 	"golang.org/x/sys/unix"
 )
 
@@ -50,9 +49,8 @@ type Options struct {
 	PortDriver    string // RootlessKit's port driver, DefaultPortDriver by default
 	NoDetachNetns bool   // dockerd's process is in the child namespace, as a whole
 
-	// RootlessKitAPI, if set, is the socket that dockerd finds where RootlessKit's API is. The
-	// stack's user must be able to connect to it.
-	RootlessKitAPI string
+	// Env has more variables for the stack's processes, NAME=value. They go before the stack's own.
+	Env []string
 
 	Progress io.Writer // told what Up waits for when it takes more than 2 s; may be nil
 }
@@ -65,15 +63,15 @@ type Stack struct {
 
 // At returns the place of the user's stack called name; "" is a name, too. Stacks with
 // different names can be up at the same time.
-func At(name string) (*Stack, error) { return AtUser(name, TestUsers[0]) }
+func At(name string) (*Stack, error) { return AtUser(name, DefaultUser) }
 
-// AtUser is [At] for root, with the test user that the stack runs as. Anyone else's stacks
+// AtUser is [At] for root, with the user that the stack runs as. Anyone else's stacks
 // are their own.
-func AtUser(name, testUser string) (*Stack, error) {
+func AtUser(name, rootRunsAs string) (*Stack, error) {
 	if !regexp.MustCompile(`^[a-z0-9-]*$`).MatchString(name) {
 		return nil, fmt.Errorf("stack name %q: want lower case letters, digits and dashes", name)
 	}
-	a, err := stackAccount(testUser)
+	a, err := stackAccount(rootRunsAs)
 	if err != nil {
 		return nil, err
 	}
@@ -231,10 +229,8 @@ func (s *Stack) command(o Options) *exec.Cmd {
 		"DOCKERD_ROOTLESS_ROOTLESSKIT_PORT_DRIVER=" + o.PortDriver,
 		"DOCKERD_ROOTLESS_ROOTLESSKIT_DETACH_NETNS=" + strconv.FormatBool(!o.NoDetachNetns),
 	}
-	if o.RootlessKitAPI != "" {
-		// The last one of a name holds.
-		cmd.Env = append(cmd.Env, "DOCKERD="+filepath.Join(s.binDir(), behindAPIName), behindAPIVar+"="+o.RootlessKitAPI)
-	}
+	// The last one of a name holds.
+	cmd.Env = append(cmd.Env, o.Env...)
 	// A session of its own: a Ctrl-C at the terminal is for us, and the stack outlives us.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if os.Geteuid() == 0 {
@@ -270,23 +266,17 @@ func (s *Stack) waitUntilRunning(ctx context.Context, ended <-chan error, progre
 func (s *Stack) Running(ctx context.Context) bool {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
-	client := http.Client{Transport: &http.Transport{
-		DisableKeepAlives: true,
-		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return new(net.Dialer).DialContext(ctx, "unix", s.socket())
-		},
-	}}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://docker/_ping", nil)
+	c, err := s.Client()
 	if err != nil {
 		return false
 	}
-	resp, err := client.Do(req)
-	if err != nil {
-		return false
-	}
-	resp.Body.Close()
-	return resp.StatusCode == http.StatusOK
+	defer c.Close()
+	_, err = c.Ping(ctx, client.PingOptions{})
+	return err == nil
 }
+
+// Client returns a client of the stack's API.
+func (s *Stack) Client() (*client.Client, error) { return client.New(client.WithHost(s.Host())) }
 
 // Exists says whether anything is at the stack's place.
 func (s *Stack) Exists() bool {
