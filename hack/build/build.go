@@ -215,7 +215,7 @@ func (b *builder) bin(c component) string { return filepath.Join(b.root, "build"
 
 // key is everything that the component's binary depends on.
 func (b *builder) key(c component) string {
-	lines := append([]string{b.goVersion, c.pin.Module + "@" + c.pin.Version, c.pin.SHA256, c.patch, c.file}, env(c)...)
+	lines := append([]string{b.goVersion, c.pin.Module + "@" + c.pin.Version, c.pin.SHA256 + c.pin.Sum, c.patch, c.file}, env(c)...)
 	return strings.Join(append(lines, args(c)...), "\n")
 }
 
