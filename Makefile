@@ -1,6 +1,6 @@
 # `make` lists the targets. All that is built goes to build/.
 .DEFAULT_GOAL := help
-.PHONY: help deps build stress users test race lock soak docs check bench bench-docs clean
+.PHONY: help deps build stress users test race lock soak docs check bench bench-docs dist clean
 .NOTPARALLEL: # go uses all processors itself, and the order of what a target needs is meant
 
 BERTH := build/bin/berth
@@ -66,6 +66,10 @@ bench: build ## run the benchmarks N times, and hold them against the limits (bu
 
 bench-docs: ## put the plot that `make bench` drew into docs, where the README finds it
 	install -D -m 644 build/results/search-cost.svg docs/search-cost.svg
+
+dist: build ## a release for amd64 and arm64 in build/dist: archives, Debian packages, bills of materials, checksums
+	@for arch in amd64 arm64; do GOARCH=$$arch $(BERTH) build dockerd docker-proxy || exit; done
+	@go run ./hack/dist amd64 arm64
 
 clean: ## remove all that was built
 	rm -rf build

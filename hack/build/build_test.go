@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"runtime/debug"
 	"strings"
 	"testing"
@@ -211,6 +212,23 @@ func TestSourcesAreThoseOfTheirHash(t *testing.T) {
 	assert.ErrorContains(t, err, "checksum mismatch") // go's own words
 	_, err = os.Stat(filepath.Join(root, "build/tree"))
 	assert.ErrorIs(t, err, os.ErrNotExist)
+}
+
+func TestBuildsForAnotherArchitecture(t *testing.T) {
+	root := checkout(t)
+	foreign := "arm64"
+	if runtime.GOARCH == foreign {
+		foreign = "amd64"
+	}
+	t.Setenv("GOARCH", foreign)
+	assert.DeepEqual(t, result(t, root, "dockerd"), map[string]string{"dockerd": "built"})
+	info, err := buildinfo.ReadFile(filepath.Join(root, "build/bin", foreign, "dockerd"))
+	assert.NilError(t, err)
+	assert.Check(t, is.Contains(info.Settings, debug.BuildSetting{Key: "GOARCH", Value: foreign}))
+	assert.DeepEqual(t, result(t, root, "dockerd"), map[string]string{"dockerd": "unchanged"})
+	t.Setenv("GOARCH", runtime.GOARCH)
+	assert.DeepEqual(t, result(t, root, "dockerd"), map[string]string{"dockerd": "built"})
+	assert.Equal(t, says(t, root, "dockerd"), "patched 29.0.0+berth.2 unknown")
 }
 
 func TestFailureShowsTheCompilersOutput(t *testing.T) {
