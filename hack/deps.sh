@@ -6,10 +6,10 @@ usage() {
 	cat <<'USAGE'
 usage: hack/deps.sh [--help | --remove]
 
-Sets up what Berth needs of a Debian or Ubuntu system: packages, a /dev/net/tun that everyone
-may open, and somebody to run a rootless Docker: as root the user "berth", and "berth2"
-beside whom he runs it, who are made with subordinate ids if need be. It does only what is
-missing and can be run again at any time.
+Sets up what Berth needs of a Debian system, or of one with its package names, as Ubuntu:
+packages, a /dev/net/tun that everyone may open, and somebody to run a rootless Docker: as
+root the user "berth", and "berth2" beside whom he runs it, who are made with subordinate ids
+if need be. It does only what is missing and can be run again at any time.
 
 Not as root it changes nothing: it says what is missing, and the command with which an
 administrator sets it up, and exits 1 if anything is. On other systems it looks for the
@@ -122,6 +122,8 @@ if command -v dpkg-query >/dev/null; then
 	fi
 	# Where the sources come from; an image of a system often has none.
 	[ -n "$(apt-get indextargets 'Created-By: Packages')" ] || need "apt has no package lists" "apt-get update -q"
+	[ -n "$(apt-get indextargets 'Origin: Debian' 'Created-By: Packages')" ] ||
+		echo "deps: apt has no Debian mirror here: \`berth build pasta\` says where to put pasta's sources for the tests"
 else
 	missing=
 	for c in $commands; do

@@ -152,6 +152,9 @@ func (r release) stagePrograms(ctx context.Context, stage, arch string) error {
 			return err
 		}
 	}
+	if err := tree.CopyFile(filepath.Join(stage, "stress.sh"), filepath.Join(r.root, "hack", "stress.sh"), 0o755); err != nil {
+		return err
+	}
 	if err := buildBerth(ctx, r.root, arch, filepath.Join(stage, "berth")); err != nil {
 		return err
 	}
