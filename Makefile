@@ -1,6 +1,6 @@
 # `make` lists the targets. All that is built goes to build/.
 .DEFAULT_GOAL := help
-.PHONY: help deps build stress users test race lock soak docs check bench bench-docs clean
+.PHONY: help deps build stress users test race lock soak docs check bench bench-docs dist clean
 .NOTPARALLEL: # go uses all processors itself, and the order of what a target needs is meant
 
 BERTH := build/bin/berth
@@ -10,6 +10,8 @@ CLOSE := RootlessKit/NoRefusal
 BENCH := build/bench.test -test.run '^$$' -test.benchmem -test.cpu 1,2
 DURATION ?= 20m# of `make soak`
 CODE  := $(wildcard daemon hack integration)
+# Tests run through this: a line as each (or each package) ends, a summary of them all, and a failure for a skip that .ci/skips does not expect.
+TEST  = mkdir -p build/results && go tool gotestsum --format $(or $(FORMAT),testname) --jsonfile build/results/$@.json --post-run-command 'go run ./hack/skips' --
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,11 +31,11 @@ users: deps build ## watch two users' daemons start containers at once, stock an
 
 test: deps check build ## everything: check, then the end-to-end test on real stacks
 	@$(BERTH) build pasta rootlesskit2
-	go test -tags integration -count=1 -timeout 30m ./integration/...
+	@$(TEST) -tags integration -count=1 -timeout 30m ./integration/...
 
 race: deps build ## the end-to-end tests of a dockerd with the race detector in it, which takes minutes to build
 	@$(BERTH) build --race pasta
-	BERTH_TEST_DOCKERD=dockerd-race go test -tags integration -count=1 -v -timeout 30m -skip 'Stock|TestStopsWaitForASearch' ./integration/e2e
+	@export BERTH_TEST_DOCKERD=dockerd-race; $(TEST) -tags integration -count=1 -timeout 30m -skip 'Stock|TestStopsWaitForASearch' ./integration/e2e
 
 lock: deps build ## what other containers feel of one that searches for a port, stock and Berth (as root; build/results/lock.txt)
 	go test -tags integration -count=1 -v -run '^TestStopsWaitForASearch$$' ./integration/e2e -lock-rounds 9
@@ -45,13 +47,14 @@ docs: deps build ## write docs/port-drivers.md of what the port drivers answer
 	@$(BERTH) build rootlesskit2
 	go test -tags integration -count=1 ./integration/portdriver -update
 
+check: FORMAT := pkgname
 check: ## gofmt, vet, staticcheck, shellcheck, and the unit tests with -race
 	@unformatted=$$(gofmt -l $(CODE)); test -z "$$unformatted" || { echo "gofmt these:"; echo "$$unformatted"; exit 1; }
 	go vet -tags integration ./...
 	go tool staticcheck -tags integration ./...
 	shellcheck hack/*.sh .ci/run
 	go build -gcflags=-lang=go1.25 ./daemon/... # the oldest that a base is built with
-	go test -race ./...
+	@$(TEST) -race ./...
 
 bench: build ## run the benchmarks N times, and hold them against the limits (build/results)
 	@mkdir -p build/results && rm -f build/results/bench.txt
@@ -63,6 +66,10 @@ bench: build ## run the benchmarks N times, and hold them against the limits (bu
 
 bench-docs: ## put the plot that `make bench` drew into docs, where the README finds it
 	install -D -m 644 build/results/search-cost.svg docs/search-cost.svg
+
+dist: build ## a release for amd64 and arm64 in build/dist: archives, Debian packages, bills of materials, checksums
+	@for arch in amd64 arm64; do GOARCH=$$arch $(BERTH) build dockerd docker-proxy || exit; done
+	@go run ./hack/dist amd64 arm64
 
 clean: ## remove all that was built
 	rm -rf build

@@ -1,25 +1,55 @@
 #!/bin/sh
-# What Berth needs of a Debian system to build, test and run. See --help.
+# What Berth needs of a system to build, test and run. See --help.
 set -eu
 
 usage() {
 	cat <<'USAGE'
-usage: hack/deps.sh [--help]
+usage: hack/deps.sh [--help | --remove]
 
-Sets up what Berth needs of a Debian system: packages, a /dev/net/tun that everyone may
-open, and somebody to run a rootless Docker: as root the user "berth", and "berth2" beside
-whom he runs it, who are made with subordinate ids if need be. It does only what is missing
-and can be run again at any time.
+Sets up what Berth needs of a Debian system, or of one with its package names, as Ubuntu:
+packages, a /dev/net/tun that everyone may open, and somebody to run a rootless Docker: as
+root the user "berth", and "berth2" beside whom he runs it, who are made with subordinate ids
+if need be. It does only what is missing and can be run again at any time.
 
 Not as root it changes nothing: it says what is missing, and the command with which an
-administrator sets it up, and exits 1 if anything is.
+administrator sets it up, and exits 1 if anything is. On other systems it looks for the
+commands and headers instead of packages, and names those that are missing.
 
 Go is not installed, only looked for: go.mod says which version.
+
+  --remove  remove the users that it made, with their homes; packages stay
 USAGE
+}
+
+made=/var/lib/berth/users # the users that this script made
+
+# remove_users needs nobody else to have the record: it is gone when the last user is.
+remove_users() {
+	if [ ! -e $made ]; then
+		echo "deps: no user is left that this script made"
+		return
+	fi
+	[ "$(id -u)" = 0 ] || { echo "deps: only root can remove users: $(xargs <$made)" >&2; exit 1; }
+	users=$(sort -u $made)
+	for user in $users; do
+		if id "$user" >/dev/null 2>&1; then
+			echo "deps: + userdel --remove $user"
+			# It also complains of the mail that such a user never had.
+			userdel --remove "$user" 2>&1 | grep -v 'mail spool' || :
+			! id "$user" >/dev/null 2>&1 || { echo "deps: $user is still there: end what that user runs (berth down), and try again" >&2; exit 1; }
+		fi
+		sed -i "/^$user\$/d" $made
+	done
+	rm $made
+	rmdir "$(dirname $made)" 2>/dev/null || : # something else of Berth may be there
 }
 
 case ${1-} in
 '') ;;
+--remove)
+	remove_users
+	exit 0
+	;;
 -h | --help)
 	usage
 	exit 0
@@ -32,9 +62,13 @@ esac
 
 # uidmap, iproute2, iptables: RootlessKit's and dockerd's. procps, util-linux: ps and setpriv, for the stack and its tests.
 # gcc, libc6-dev: runc, pasta and the race detector. libseccomp-dev, pkg-config: runc. debian-archive-keyring, xz-utils: pasta.
-# curl: hack/stress.sh. slirp4netns: tests of its port driver. The rest: make and its tests.
+# curl: hack/stress.sh. slirp4netns: tests of its port driver. systemd: its systemd-analyze reads what `berth install` writes. The rest:
+# make and its tests.
 packages='ca-certificates curl debian-archive-keyring gcc git iproute2 iptables libc6-dev libseccomp-dev make pkg-config procps shellcheck slirp4netns
-uidmap util-linux xz-utils'
+systemd uidmap util-linux xz-utils'
+# What of them is looked for where there are no such packages. Fetching pasta's source takes apt: only tests need it, and say so.
+commands='curl gcc git ip iptables make newgidmap newuidmap nsenter pkg-config ps setpriv shellcheck slirp4netns systemd-analyze tar xz'
+headers='seccomp.h stdlib.h'
 root=$(cd "$(dirname "$0")/.." && pwd)
 failed=no # something is missing that this script cannot set up
 todo=     # the commands for an administrator
@@ -48,11 +82,22 @@ fail() {
 need() {
 	echo "deps: $1"
 	if [ "$(id -u)" = 0 ]; then
+		case $2 in *'apt-get update'*) wait_for_lists ;; esac
 		echo "deps: + $2"
 		sh -c "$2"
 	else
 		todo="${todo:+$todo && }$2"
 	fi
+}
+
+# wait_for_lists: an update fails at once while another is under way, where an installation can be told to wait.
+wait_for_lists() {
+	lock=/var/lib/apt/lists/lock deadline=$(($(date +%s) + 300)) said=
+	while [ -e $lock ] && grep -q ":$(stat -c %i $lock) " /proc/locks && [ "$(date +%s)" -lt "$deadline" ]; do
+		[ -n "$said" ] || echo "deps: waiting for another apt to end"
+		said=yes
+		sleep 1
+	done
 }
 
 # has_subids FILE USER: the user, by name or number, has a line in the file.
@@ -73,12 +118,23 @@ if command -v dpkg-query >/dev/null; then
 	done
 	if [ -n "$missing" ]; then
 		need "packages missing:$missing" \
-			"apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends$missing"
+			"apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300 install -y -q --no-install-recommends$missing"
 	fi
 	# Where the sources come from; an image of a system often has none.
 	[ -n "$(apt-get indextargets 'Created-By: Packages')" ] || need "apt has no package lists" "apt-get update -q"
+	[ -n "$(apt-get indextargets 'Origin: Debian' 'Created-By: Packages')" ] ||
+		echo "deps: apt has no Debian mirror here: \`berth build pasta\` says where to put pasta's sources for the tests"
 else
-	fail "this is not a Debian system: install the equivalents of $packages"
+	missing=
+	for c in $commands; do
+		command -v "$c" >/dev/null || missing="$missing $c"
+	done
+	[ -z "$missing" ] || fail "commands missing:$missing"
+	missing=
+	for h in $headers; do
+		echo "#include <$h>" | ${CC:-gcc} -E - >/dev/null 2>&1 || missing="$missing $h"
+	done
+	[ -z "$missing" ] || fail "C headers missing:$missing"
 fi
 
 if [ ! -c /dev/net/tun ]; then
@@ -95,7 +151,7 @@ users=$(id -un)
 [ "$users" != root ] || users='berth berth2'
 for user in $users; do
 	id "$user" >/dev/null 2>&1 ||
-		need "there is no user $user to run a rootless Docker as" "useradd -m -s /bin/sh $user"
+		need "there is no user $user to run a rootless Docker as" "useradd -m -s /bin/sh $user && mkdir -p $(dirname $made) && echo $user >>$made"
 	# useradd gives subordinate ids, as a rule.
 	range=$(free_subids)
 	has_subids /etc/subuid "$user" || need "user $user has no subordinate ids in /etc/subuid" \

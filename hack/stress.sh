@@ -68,10 +68,16 @@ else
 fi
 docker version >/dev/null || fail "no daemon at ${DOCKER_HOST:-the default docker host}"
 
-# Where a port that is published on all addresses is asked.
-case ${DOCKER_HOST-} in
-tcp://* | ssh://*) host=${DOCKER_HOST#*://} host=${host#*@} host=${host%:*} ;;
-*) host=127.0.0.1 ;;
+# Where a port that is published on all addresses is asked: where the daemon is. [::] is asked on loopback only if that is here.
+endpoint=${DOCKER_HOST-}
+[ -n "$endpoint" ] || endpoint=$(docker context inspect --format '{{.Endpoints.docker.Host}}' 2>/dev/null) || endpoint=
+case $endpoint in
+tcp://* | ssh://*)
+	host=${endpoint#*://} host=${host%%/*} host=${host#*@}
+	case $host in *]) ;; *) host=${host%:*} ;; esac # without its port
+	host6=$host
+	;;
+*) host=127.0.0.1 host6='[::1]' ;;
 esac
 
 # Milliseconds; without GNU's date, whole seconds of them.
@@ -120,14 +126,16 @@ check() {
 answers() {
 	short=$(printf %.12s "$1")
 	ports=$(docker port "$1" | sed 's/^.* -> //' | sort -u)
-	verdict=silent url=
+	verdict=silent url='' lines=$(printf '\n%s\n.' "$ports")
 	for port in $ports; do
 		case $port in
 		0.0.0.0:*) url=http://$host:${port##*:}/ ;;
 		'[::]:'*)
 			# The same port as 0.0.0.0's, where there is one.
-			case $ports in *0.0.0.0:"${port##*:}"*) continue ;; esac
-			url="http://[::1]:${port##*:}/"
+			case $lines in *"
+0.0.0.0:${port##*:}
+"*) continue ;; esac
+			url=http://$host6:${port##*:}/
 			;;
 		*) url=http://$port/ ;;
 		esac
@@ -180,8 +188,11 @@ interrupted() {
 clean_up() {
 	trap '' INT TERM HUP
 	if [ -z "$keep" ]; then
-		docker ps -aq --filter "label=$label" >"$tmp/remove"
-		parallel remove
+		if docker ps -aq --filter "label=$label" >"$tmp/remove"; then
+			parallel remove
+		else
+			echo "stress.sh: no answer from the daemon: what it has of the label $label stays" >&2
+		fi
 	fi
 	rm -rf "$tmp"
 }

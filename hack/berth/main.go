@@ -40,6 +40,8 @@ all that a rootless Docker needs beside it.`,
 		newDownCommand(),
 		newEnvCommand(),
 		newStressCommand(),
+		newInstallCommand(),
+		newUninstallCommand(),
 	)
 	return cmd
 }

@@ -29,7 +29,7 @@ import (
 const Race = "dockerd-race"
 
 // Run builds the components of the checkout at root that are named, without names all but the optional ones, and tells out
-// about each in a line. What it needs of them is in place under build/bin when it returns nil. An interrupted or failed Run leaves
+// about each in a line. With GOARCH set to another architecture than this machine's, it builds for that, into build/bin/GOARCH. What it needs of them is in place under build/bin when it returns nil. An interrupted or failed Run leaves
 // the binaries of the one before it; the next goes on from there.
 func Run(ctx context.Context, root string, out io.Writer, names []string) error {
 	err := run(ctx, root, out, names)
@@ -52,7 +52,13 @@ func run(ctx context.Context, root string, out io.Writer, names []string) error 
 	if err != nil {
 		return err
 	}
-	for _, dir := range []string{"bin", "log", "stamp"} {
+	var foreign string
+	if goarch, err := output(ctx, root, "go", "env", "GOARCH", "GOHOSTARCH"); err != nil {
+		return err
+	} else if arch, host, _ := strings.Cut(goarch, "\n"); arch != host {
+		foreign = arch
+	}
+	for _, dir := range []string{filepath.Join("bin", foreign), "log", filepath.Join("stamp", foreign)} {
 		if err := os.MkdirAll(filepath.Join(root, "build", dir), 0o755); err != nil {
 			return err
 		}
@@ -63,7 +69,7 @@ func run(ctx context.Context, root string, out io.Writer, names []string) error 
 	}
 	defer unlock()
 
-	b := builder{root: root, out: out, dirs: map[string]string{}}
+	b := builder{root: root, foreign: foreign, out: out, dirs: map[string]string{}}
 	if b.goVersion, err = output(ctx, root, "go", "env", "GOVERSION", "GOOS", "GOARCH"); err != nil {
 		return err
 	}
@@ -172,6 +178,7 @@ func lock(ctx context.Context, root string, out io.Writer) (unlock func(), _ err
 // builder is what the components of one Run have in common.
 type builder struct {
 	root      string
+	foreign   string // the architecture to build for, if it is not this machine's
 	out       io.Writer
 	goVersion string
 	dirs      map[string]string // the source folders made so far, by what they are made of
@@ -181,7 +188,7 @@ type builder struct {
 func (b *builder) bring(ctx context.Context, c component) error {
 	fmt.Fprintf(b.out, "%-24s %-16s ", c.name, c.version)
 	start := time.Now()
-	stamp := filepath.Join(b.root, "build", "stamp", c.name)
+	stamp := filepath.Join(b.root, "build", "stamp", b.foreign, c.name)
 	key := b.key(c)
 	stale := !current(stamp, key) || !exists(b.bin(c))
 	quiet := func() {}
@@ -211,11 +218,13 @@ func (b *builder) bring(ctx context.Context, c component) error {
 	return os.WriteFile(stamp, []byte(key), 0o644)
 }
 
-func (b *builder) bin(c component) string { return filepath.Join(b.root, "build", "bin", c.name) }
+func (b *builder) bin(c component) string {
+	return filepath.Join(b.root, "build", "bin", b.foreign, c.name)
+}
 
 // key is everything that the component's binary depends on.
 func (b *builder) key(c component) string {
-	lines := append([]string{b.goVersion, c.pin.Module + "@" + c.pin.Version, c.pin.SHA256, c.patch, c.file}, env(c)...)
+	lines := append([]string{b.goVersion, c.pin.Module + "@" + c.pin.Version, c.pin.SHA256 + c.pin.Sum, c.patch, c.file}, env(c)...)
 	return strings.Join(append(lines, args(c)...), "\n")
 }
 

@@ -10,12 +10,15 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
+	"runtime"
 	"runtime/debug"
 	"strings"
 	"testing"
 	"time"
 
 	"golang.org/x/mod/module"
+	"golang.org/x/mod/sumdb/dirhash"
 	modzip "golang.org/x/mod/zip"
 	"gotest.tools/v3/assert"
 	is "gotest.tools/v3/assert/cmp"
@@ -44,7 +47,7 @@ func checkout(t *testing.T) (root string) {
 	} {
 		t.Setenv(name, value)
 	}
-	publish(t, proxy, "example.com/base", "v1.0.0", map[string]string{
+	base := publish(t, proxy, "example.com/base", "v1.0.0", map[string]string{
 		"go.mod":                 "module example.com/base\n\ngo 1.25\n",
 		nat + "/mapper_linux.go": "package nat\n\nconst Name = \"upstream\"\n",
 		"contrib/start.sh":       "#!/bin/sh\necho started\n",
@@ -60,15 +63,16 @@ func main() { println(nat.Name, v.Version, v.Commit) }
 `,
 		"cmd/proxy/main.go": "package main\n\nfunc main() { println(\"proxy\") }\n",
 	})
-	publish(t, proxy, "example.com/cli", "v3.0.0+incompatible", map[string]string{
+	cli := publish(t, proxy, "example.com/cli", "v3.0.0+incompatible", map[string]string{
 		"vendor.mod": "module example.com/cli\n\ngo 1.25\n",
 		"main.go":    "package main\n\nvar version string\n\nfunc main() { println(\"cli\", version) }\n",
 	})
 	return gofs.NewDir(t, "root",
 		gofs.WithFile("go.mod", "module berth\n\ngo 1.25\n"),
+		gofs.WithFile("go.sum", "example.com/base v1.0.0 "+base+"\n"),
 		gofs.WithFile("vendor.conf", `
 base  example.com/base  v1.0.0  release=29.0.0 patch=2 packages=./cmd/dockerd,./cmd/proxy files=contrib/start.sh version-var=example.com/base/v.Version commit-var=example.com/base/v.Commit
-cli   example.com/cli   v3.0.0+incompatible  packages=. version-var=main.version
+cli   example.com/cli   v3.0.0+incompatible  packages=. version-var=main.version `+strings.Replace(cli, ":", "=", 1)+`
 other example.com/base  v1.0.0  packages=./cmd/proxy optional=yes
 `),
 		gofs.WithDir(nat,
@@ -78,7 +82,8 @@ other example.com/base  v1.0.0  packages=./cmd/proxy optional=yes
 	).Path()
 }
 
-func publish(t *testing.T, proxy, path, version string, files map[string]string) {
+// publish returns the module's hash.
+func publish(t *testing.T, proxy, path, version string, files map[string]string) string {
 	t.Helper()
 	src := t.TempDir()
 	for name, data := range files {
@@ -95,6 +100,9 @@ func publish(t *testing.T, proxy, path, version string, files map[string]string)
 	assert.NilError(t, err)
 	defer f.Close()
 	assert.NilError(t, modzip.CreateFromDir(f, module.Version{Path: path, Version: version}, src))
+	sum, err := dirhash.HashZip(f.Name(), dirhash.Hash1)
+	assert.NilError(t, err)
+	return sum
 }
 
 func write(t *testing.T, name, data string) {
@@ -186,6 +194,43 @@ func TestRaceIsThePatchWithTheDetector(t *testing.T) {
 	assert.DeepEqual(t, result(t, root, Race), map[string]string{Race: "built"})
 }
 
+func TestSourcesAreThoseOfTheirHash(t *testing.T) {
+	root := checkout(t)
+	name := filepath.Join(root, "vendor.conf")
+	conf, err := os.ReadFile(name)
+	assert.NilError(t, err)
+	h1 := regexp.MustCompile(`h1=\S+`)
+
+	write(t, name, h1.ReplaceAllString(string(conf), "h1="+strings.Repeat("0", 43)+"="))
+	err = Run(t.Context(), root, &bytes.Buffer{}, []string{"cli"})
+	assert.ErrorContains(t, err, "example.com/cli@v3.0.0+incompatible is not what it was: its hash is h1:")
+	write(t, name, h1.ReplaceAllString(string(conf), ""))
+	err = Run(t.Context(), root, &bytes.Buffer{}, []string{"cli"})
+	assert.ErrorContains(t, err, "nothing says what example.com/cli@v3.0.0+incompatible must be: add its h1= to vendor.conf")
+	write(t, filepath.Join(root, "go.sum"), "example.com/base v1.0.0 h1:"+strings.Repeat("0", 43)+"=\n")
+	err = Run(t.Context(), root, &bytes.Buffer{}, []string{"dockerd"})
+	assert.ErrorContains(t, err, "checksum mismatch") // go's own words
+	_, err = os.Stat(filepath.Join(root, "build/tree"))
+	assert.ErrorIs(t, err, os.ErrNotExist)
+}
+
+func TestBuildsForAnotherArchitecture(t *testing.T) {
+	root := checkout(t)
+	foreign := "arm64"
+	if runtime.GOARCH == foreign {
+		foreign = "amd64"
+	}
+	t.Setenv("GOARCH", foreign)
+	assert.DeepEqual(t, result(t, root, "dockerd"), map[string]string{"dockerd": "built"})
+	info, err := buildinfo.ReadFile(filepath.Join(root, "build/bin", foreign, "dockerd"))
+	assert.NilError(t, err)
+	assert.Check(t, is.Contains(info.Settings, debug.BuildSetting{Key: "GOARCH", Value: foreign}))
+	assert.DeepEqual(t, result(t, root, "dockerd"), map[string]string{"dockerd": "unchanged"})
+	t.Setenv("GOARCH", runtime.GOARCH)
+	assert.DeepEqual(t, result(t, root, "dockerd"), map[string]string{"dockerd": "built"})
+	assert.Equal(t, says(t, root, "dockerd"), "patched 29.0.0+berth.2 unknown")
+}
+
 func TestFailureShowsTheCompilersOutput(t *testing.T) {
 	root := checkout(t)
 	result(t, root, "dockerd")
@@ -195,7 +240,7 @@ func TestFailureShowsTheCompilersOutput(t *testing.T) {
 	assert.ErrorContains(t, err, "the whole log: build/log/dockerd.log")
 	assert.Equal(t, says(t, root, "dockerd"), "patched 29.0.0+berth.2 unknown") // the one before is still there
 
-	write(t, filepath.Join(root, "vendor.conf"), "gone example.com/gone v1.0.0 packages=.\n")
+	write(t, filepath.Join(root, "vendor.conf"), "gone example.com/gone v1.0.0 packages=. h1="+strings.Repeat("0", 43)+"=\n")
 	err = Run(t.Context(), root, &bytes.Buffer{}, nil)
 	assert.ErrorContains(t, err, "download example.com/gone@v1.0.0")
 }

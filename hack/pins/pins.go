@@ -33,6 +33,7 @@ type Pin struct {
 
 	Debian string // the Debian suite whose source package this is, or "": then it is a Go module
 	SHA256 string // of that package's upstream archive
+	Sum    string // the Go module's, as go.sum writes it ("h1:..."), or "": then go.sum has it
 }
 
 // Load reads the file at path.
@@ -109,6 +110,7 @@ var (
 	debianPackage = regexp.MustCompile(`^[a-z0-9][a-z0-9+.-]*$`)
 	debianVersion = regexp.MustCompile(`^[0-9][A-Za-z0-9.+~]*$`) // what comes after a "-" is Debian's revision
 	sha256sum     = regexp.MustCompile(`^[0-9a-f]{64}$`)
+	h1sum         = regexp.MustCompile(`^h1:[0-9A-Za-z+/]{43}=$`)
 )
 
 // checkSource checks what names the source, whichever kind it is.
@@ -116,8 +118,12 @@ func (p *Pin) checkSource() error {
 	switch {
 	case p.Debian == "" && p.SHA256 != "":
 		return errors.New("sha256= is for lines with debian=")
+	case p.Debian == "" && p.Sum != "" && !h1sum.MatchString(p.Sum):
+		return fmt.Errorf("%s: want h1= and the 44 characters of a Go module's hash", p.Sum)
 	case p.Debian == "":
 		return module.Check(p.Module, p.Version)
+	case p.Sum != "":
+		return errors.New("h1= is for Go modules")
 	case len(p.Packages) > 0:
 		return errors.New("packages= is for Go modules: what is made of a Debian source package are its files=")
 	case !debianPackage.MatchString(p.Module):
@@ -162,6 +168,8 @@ func (p *Pin) set(key, value string) (err error) {
 		p.Debian = value
 	case "sha256":
 		p.SHA256 = value
+	case "h1":
+		p.Sum = "h1:" + value
 	default:
 		return fmt.Errorf("unknown key %q", key)
 	}

@@ -21,7 +21,7 @@ func TestParse(t *testing.T) {
 # a comment, and an empty line
 
   base	example.com/base/v2  v2.0.0-beta.1 release=29.0.0 patch=3 packages=./cmd/a,./cmd/b files=contrib/c.sh version-var=v.V commit-var=v.C
-tool example.com/tool v1.2.3+incompatible packages=. cgo=yes tags=x,y optional=yes
+tool example.com/tool v1.2.3+incompatible packages=. cgo=yes tags=x,y optional=yes h1=0123456789abcdef0123456789abcdef0123456789+=
 made libmade++ 1.0~git20250503 debian=trixie sha256=0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef files=a,b
 `))
 	assert.NilError(t, err)
@@ -33,6 +33,7 @@ made libmade++ 1.0~git20250503 debian=trixie sha256=0123456789abcdef0123456789ab
 		{
 			Name: "tool", Module: "example.com/tool", Version: "v1.2.3+incompatible", Release: "1.2.3",
 			Packages: []string{"."}, Tags: []string{"x", "y"}, CGO: true, Optional: true,
+			Sum: "h1:0123456789abcdef0123456789abcdef0123456789+=",
 		},
 		{
 			Name: "made", Module: "libmade++", Version: "1.0~git20250503", Release: "1.0~git20250503", Files: []string{"a", "b"},
@@ -58,6 +59,8 @@ func TestParseSaysLineAndMistake(t *testing.T) {
 		{"package", "x example.com/x v1.0.0 packages=cmd/x", `vendor.conf:1: package "cmd/x": want`},
 		{"cgo", "x example.com/x v1.0.0 packages=. cgo=1", "vendor.conf:1: cgo=1: want cgo=yes"},
 		{"sha256 of a Go module", "x example.com/x v1.0.0 packages=. sha256=1", "vendor.conf:1: sha256= is for lines with debian="},
+		{"h1", "x example.com/x v1.0.0 packages=. h1=1", "vendor.conf:1: h1:1: want h1= and the 44 characters"},
+		{"h1 of a Debian package", "x x 1.0 debian=trixie files=x h1=1", "vendor.conf:1: h1= is for Go modules"},
 		{"Go package in a Debian package", "x x 1.0 debian=trixie packages=.", "vendor.conf:1: packages= is for Go modules"},
 		{"Debian package", "x ../x 1.0 debian=trixie files=x", `vendor.conf:1: malformed Debian source package "../x"`},
 		{"Debian revision", "x x 1.0-2 debian=trixie files=x", "vendor.conf:1: x 1.0-2: want an upstream version"},
@@ -101,5 +104,19 @@ func TestVendorConfAgreesWithGoMod(t *testing.T) {
 	}
 	for _, path := range []string{"github.com/moby/moby/v2", "github.com/rootless-containers/rootlesskit/v2", "github.com/rootless-containers/rootlesskit/v3"} {
 		assert.Check(t, both[path], "%s must be in vendor.conf and in go.mod", path)
+	}
+}
+
+// In one place, so that a new version is never held against the old one's.
+func TestEverySourceHasOneChecksum(t *testing.T) {
+	list, err := Load(vendorConf)
+	assert.NilError(t, err)
+	goSum, err := os.ReadFile("../../go.sum")
+	assert.NilError(t, err)
+	for _, pin := range list {
+		if pin.Debian == "" {
+			listed := strings.Contains("\n"+string(goSum), "\n"+pin.Module+" "+pin.Version+" h1:")
+			assert.Check(t, listed != (pin.Sum != ""), "%s %s: in go.sum: %v, h1= in vendor.conf: %q", pin.Module, pin.Version, listed, pin.Sum)
+		}
 	}
 }

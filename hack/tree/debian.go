@@ -53,7 +53,7 @@ func fetch(ctx context.Context, pin pins.Pin, archive string) error {
 		return err
 	}
 	if mirrors == "" {
-		return errors.New("apt knows no Debian mirror here: its lists may be missing, then `apt-get update` makes them")
+		return errors.New("apt knows no Debian mirror here: its lists may be missing, then `apt-get update` makes them, or this is another system")
 	}
 	var sources strings.Builder
 	for _, mirror := range slices.Compact(strings.Fields(mirrors)) {

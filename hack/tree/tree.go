@@ -20,20 +20,45 @@ import (
 // patchDir is the patch's folder, here as upstream. Nothing else of the base is touched.
 const patchDir = "daemon/libnetwork/portmappers/nat"
 
-// Module is the folder of pin's module in the Go module cache, read-only; the module is downloaded if need be.
+// Module is the folder of pin's module in the Go module cache, read-only; the module is downloaded if need be. Nothing is
+// made of a module whose hash is not the one that vendor.conf or go.sum has.
 func Module(ctx context.Context, root string, pin pins.Pin) (string, error) {
+	want, err := sum(root, pin)
+	if err != nil {
+		return "", err
+	}
 	cmd := exec.CommandContext(ctx, "go", "mod", "download", "-json", pin.Module+"@"+pin.Version)
 	cmd.Dir = root // so that root's go.sum is held against what it lists
 	cmd.Env = append(os.Environ(), "GOWORK=off", "GOFLAGS=-mod=readonly")
 	var stdout, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
-	err := cmd.Run()
-	var m struct{ Dir, Error string }
+	err = cmd.Run()
+	var m struct{ Dir, Sum, Error string }
 	_ = json.Unmarshal(stdout.Bytes(), &m) // nothing is printed when the command itself fails: then its stderr says why
 	if err != nil {
 		return "", fmt.Errorf("download %s@%s: %w: %s", pin.Module, pin.Version, err, strings.TrimSpace(m.Error+stderr.String()))
 	}
+	if m.Sum != want {
+		return "", fmt.Errorf("%s@%s is not what it was: its hash is %s, it should be %s", pin.Module, pin.Version, m.Sum, want)
+	}
 	return m.Dir, nil
+}
+
+// sum is the hash that pin's module must have.
+func sum(root string, pin pins.Pin) (string, error) {
+	if pin.Sum != "" {
+		return pin.Sum, nil
+	}
+	data, err := os.ReadFile(filepath.Join(root, "go.sum"))
+	if err != nil {
+		return "", err
+	}
+	for line := range strings.Lines(string(data)) {
+		if f := strings.Fields(line); len(f) == 3 && f[0] == pin.Module && f[1] == pin.Version {
+			return f[2], nil
+		}
+	}
+	return "", fmt.Errorf("nothing says what %s@%s must be: add its h1= to vendor.conf (`go mod download -json` prints it)", pin.Module, pin.Version)
 }
 
 // Stock makes build/tree/<version>/stock of the base's module folder and returns its path.

@@ -3,12 +3,14 @@ package stress
 import (
 	"errors"
 	"fmt"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -43,7 +45,10 @@ run)
 	cat "id.$n"
 	;;
 port) sed 's/^/80\/tcp -> /' "port.$2" ;;
-ps) cat id.* ;;
+ps)
+	[ ! -e dead ]
+	cat id.*
+	;;
 rm) echo "$3" >>removed ;;
 *) exit 1 ;;
 esac
@@ -72,17 +77,17 @@ func TestStressScriptCountsByCause(t *testing.T) {
 	const refused = "docker: Error response from daemon: failed to set up container networking: "
 	publish(1, own)
 	publish(2, own)
-	publish(3, func(string) string { return "a stranger" })
+	publish(3, func(string) string { return stranger })
 	write("error.4", refused+"listen tcp4 0.0.0.0:32768: bind: address already in use\n\nRun 'docker run --help' for more information\n")
 	write("error.5", refused+"Bind for 127.0.0.1:8080 failed: port is already allocated\n")
 	write("error.6", refused+"bind: permission denied\n")
 	publish(7, own)
 	// All addresses must answer.
-	stranger := httptest.NewServer(http.NotFoundHandler())
-	t.Cleanup(stranger.Close)
+	another := httptest.NewServer(http.NotFoundHandler())
+	t.Cleanup(another.Close)
 	at, err := os.ReadFile(filepath.Join(fake, "port."+ids[3]))
 	assert.NilError(t, err)
-	write("port."+ids[3], string(at)+stranger.Listener.Addr().String()+"\n")
+	write("port."+ids[3], string(at)+another.Listener.Addr().String()+"\n")
 
 	script := func(args ...string) (string, error) {
 		cmd := exec.Command("../../hack/stress.sh", args...)
@@ -116,6 +121,83 @@ func TestStressScriptCountsByCause(t *testing.T) {
 	again, err := os.ReadFile(filepath.Join(fake, "removed"))
 	assert.NilError(t, err)
 	assert.Equal(t, string(again), string(removed))
+}
+
+// one runs the script for one container that is published at the addresses.
+func one(t *testing.T, host string, addresses ...string) (Result, string) {
+	t.Helper()
+	fake, tmp := t.TempDir(), t.TempDir()
+	id := strings.Repeat("0", 64)
+	for name, text := range map[string]string{"docker": fakeDocker, "id.1": id + "\n", "port." + id: strings.Join(addresses, "\n") + "\n"} {
+		assert.NilError(t, os.WriteFile(filepath.Join(fake, name), []byte(text), 0o755))
+	}
+	if host == "" {
+		assert.NilError(t, os.WriteFile(filepath.Join(fake, "dead"), nil, 0o644))
+	}
+	cmd := exec.Command("../../hack/stress.sh", "-n", "1")
+	cmd.Env = append(os.Environ(), "FAKE="+fake, "PATH="+fake+":"+os.Getenv("PATH"), "DOCKER_HOST="+host, "TMPDIR="+tmp)
+	var stderr strings.Builder
+	cmd.Stderr = &stderr
+	out, _ := cmd.Output() // it fails if the container does not answer, which the result says
+	t.Logf("%s%s", out, stderr.String())
+	left, err := os.ReadDir(tmp)
+	assert.NilError(t, err)
+	assert.Equal(t, len(left), 0, "left in TMPDIR: %v", left)
+	r, err := parseResult(string(out))
+	assert.NilError(t, err)
+	return r, stderr.String()
+}
+
+// serve answers with the id of one's container, or a stranger's.
+func serve(t *testing.T, address, id string) (port int) {
+	t.Helper()
+	l, err := net.Listen("tcp", address)
+	assert.NilError(t, err)
+	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, id) })}
+	go server.Serve(l)
+	t.Cleanup(func() { server.Close() })
+	return l.Addr().(*net.TCPAddr).Port
+}
+
+const (
+	oneID    = "000000000000"
+	stranger = "a stranger"
+)
+
+func TestStressScriptAsksARemoteDaemonAtItsAddress(t *testing.T) {
+	port := serve(t, "127.0.0.2:0", oneID)
+	for _, host := range []string{"tcp://127.0.0.2:2376", "ssh://someone@127.0.0.2", "ssh://someone@127.0.0.2:22/run/docker.sock"} {
+		for _, wildcard := range []string{"0.0.0.0", "[::]"} {
+			r, _ := one(t, host, fmt.Sprint(wildcard, ":", port))
+			assert.Check(t, r.Answered == 1, "%s, %s: %+v", host, wildcard, r)
+		}
+	}
+}
+
+// [::]:1234 is another port than 0.0.0.0:12340, and is asked, too.
+func TestStressScriptTellsPortsApart(t *testing.T) {
+	var short int
+	for short = 2000; short < 6000; short++ {
+		l, err := net.Listen("tcp", fmt.Sprint("[::1]:", short))
+		if err != nil {
+			continue
+		}
+		l.Close()
+		if l, err = net.Listen("tcp", fmt.Sprint("127.0.0.1:", short*10)); err == nil {
+			l.Close()
+			break
+		}
+	}
+	serve(t, fmt.Sprint("[::1]:", short), stranger)
+	serve(t, fmt.Sprint("127.0.0.1:", short*10), oneID)
+	r, _ := one(t, "unix:///nowhere", fmt.Sprint("0.0.0.0:", short*10), fmt.Sprint("[::]:", short))
+	assert.Check(t, r.Misdelivered == 1, "%+v", r)
+}
+
+func TestStressScriptCleansUpAfterADeadDaemon(t *testing.T) {
+	r, stderr := one(t, "", "127.0.0.1:"+strconv.Itoa(serve(t, "127.0.0.1:0", oneID)))
+	assert.Equal(t, r.Answered, 1)
+	assert.Assert(t, strings.Contains(stderr, "no answer from the daemon: what it has of the label stress="), stderr)
 }
 
 func TestStressScriptCleansUpWhenNobodyReads(t *testing.T) {
