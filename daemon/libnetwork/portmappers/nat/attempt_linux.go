@@ -11,8 +11,8 @@ import (
 	"github.com/moby/moby/v2/daemon/libnetwork/portmapperapi"
 )
 
-// attempt is one allocate-and-bind in the child namespace, followed by one
-// request per host address to the port driver.
+// attempt is one allocate-and-bind in the child namespace, followed by one request per host address to the
+// port driver.
 type attempt struct {
 	req    *request
 	leases *reservations
@@ -28,9 +28,8 @@ type part struct {
 	unsettled   *unsettled
 }
 
-// try makes an attempt at a port in [first, last]. What it did is undone when
-// it fails, but a port that the driver refused stays reserved until it is let go
-// of: then both the attempt and the error are returned.
+// try makes an attempt at a port in [first, last]. What it did is undone when it fails, but a port that the
+// driver refused stays reserved until it is let go of: then both the attempt and the error are returned.
 func try(ctx context.Context, r *request, driver PortDriverClient, leases *reservations, first, last int) (*attempt, error) {
 	port, socks, err := portallocator.NewOSAllocator().RequestPortsInRange(r.binds, r.proto, first, last)
 	if err != nil {
@@ -44,7 +43,7 @@ func try(ctx context.Context, r *request, driver PortDriverClient, leases *reser
 		return a, nil
 	}
 	if err = a.publish(ctx, driver); err != nil {
-		a.undo(ctx)
+		a.undo()
 	}
 	return a, err
 }
@@ -85,17 +84,13 @@ func (a *attempt) publish(ctx context.Context, driver PortDriverClient) error {
 }
 
 // undo closes the child's sockets and undoes what the driver did.
-func (a *attempt) undo(ctx context.Context) {
+func (a *attempt) undo() {
 	for _, sock := range a.socks {
-		if err := sock.Close(); err != nil {
-			log.G(ctx).WithFields(log.Fields{"port": a.port, "error": err}).Warn("Failed to close a socket in the child namespace")
-		}
+		sock.Close()
 	}
 	for i := range a.parts {
 		if p := &a.parts[i]; p.remove != nil {
-			if err := p.remove(); err != nil && !errors.As(err, &p.unsettled) {
-				log.G(ctx).WithFields(log.Fields{"error": err}).Warn("A host port that is not needed was not removed: it is tried again")
-			}
+			errors.As(p.remove(), &p.unsettled) // Another failure is tried again, and told then.
 		}
 	}
 }
@@ -107,8 +102,8 @@ func (a *attempt) letGo() {
 	}
 }
 
-// bindings are what a successful attempt made. Host addresses that share a child
-// address share its socket and its NAT rules; the first of them has both.
+// bindings are what a successful attempt made. Host addresses that share a child address share its socket and
+// its NAT rules; the first of them has both.
 func (a *attempt) bindings() []portmapperapi.PortBinding {
 	pbs := make([]portmapperapi.PortBinding, len(a.parts))
 	socks := a.socks

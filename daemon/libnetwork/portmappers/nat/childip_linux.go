@@ -5,12 +5,10 @@ import (
 	"sync"
 )
 
-// childIPs is a driver round another. It gives each IPv4 host address a child
-// address of its own, so that two containers can have one port on two host
-// addresses: where RootlessKit's client gives all of them 127.0.0.1, since the
-// port driver (builtin) connects to whichever child address it is told. The
-// child's loopback interface has all of 127.0.0.0/8; 127.128.0.0/9 is far from
-// what users publish on.
+// childIPs is a driver round another. It gives each IPv4 host address a child address of its own, so that two
+// containers can have one port on two host addresses: where RootlessKit's client gives all of them 127.0.0.1,
+// since the port driver (builtin) connects to whichever child address it is told. The child's loopback
+// interface has all of 127.0.0.0/8; 127.128.0.0/9 is far from what users publish on.
 type childIPs struct {
 	PortDriverClient
 

@@ -14,12 +14,11 @@ import (
 // holderLimit is how long it may take to find out who holds a port.
 const holderLimit = 50 * time.Millisecond
 
-// overflowUID is what the kernel makes of a user id that a user namespace does
-// not have (user_namespaces(7)).
+// overflowUID is what the kernel makes of a user id that a user namespace does not have (user_namespaces(7)).
 const overflowUID = 65534
 
-// holder tells whose port on addr is, on the host: "" if that can't be seen, or
-// takes too long. Which process it is, the daemon's user namespace hides.
+// holder tells whose port on addr is, on the host: "" if that can't be seen, or takes too long. Which process
+// it is, the daemon's user namespace hides.
 func holder(proto types.Protocol, addr netip.Addr, port int) (who string) {
 	found := make(chan *netlink.Socket, 1)
 	go onHost(func() {

@@ -14,9 +14,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// hostNetNS is the network namespace that the process was started in: the
-// host's, when RootlessKit detached the child's (--detach-netns). It is taken
-// before any thread can have entered another one.
+// hostNetNS is the network namespace that the process was started in: the host's, when RootlessKit detached
+// the child's (--detach-netns). It is taken before any thread can have entered another one.
 var hostNetNS = netNSAt("/proc/self/ns/net")
 
 // netNS identifies a network namespace. The zero value is none.
@@ -30,8 +29,8 @@ func netNSAt(path string) netNS {
 	return netNS{uint64(st.Dev), st.Ino}
 }
 
-// hostInSight tells whether the process is on the host and the calling thread
-// in the child namespace: the host can be seen from another thread then.
+// hostInSight tells whether the process is on the host and the calling thread in the child namespace: the
+// host can be seen from another thread then.
 func hostInSight() bool {
 	stateDir := os.Getenv("ROOTLESSKIT_STATE_DIR")
 	if stateDir == "" || hostNetNS == (netNS{}) {
@@ -41,9 +40,9 @@ func hostInSight() bool {
 	return here != hostNetNS && here != (netNS{}) && here == netNSAt(filepath.Join(stateDir, "netns"))
 }
 
-// onHost calls f on a thread of the host's network namespace, and returns false
-// if it got none. All threads of the daemon are there, but those that were
-// locked to go elsewhere. The caller waits for f, which takes milliseconds.
+// onHost calls f on a thread of the host's network namespace, and returns false if it got none. All threads
+// of the daemon are there, but those that were locked to go elsewhere. The caller waits for f, which takes
+// milliseconds.
 func onHost(f func()) bool {
 	done := make(chan bool)
 	go func() {
@@ -58,21 +57,18 @@ func onHost(f func()) bool {
 	return <-done
 }
 
-// look is a look at ports of one protocol on the host, by binding sockets there
-// as a port driver would.
+// look is a look at ports of one protocol on the host, by binding sockets there as a port driver would.
 type look struct {
 	proto types.Protocol
 	addrs []netip.Addr
-	// exclusive leaves out SO_REUSEADDR: a port that is kept by a socket which
-	// doesn't listen is taken, too.
+	// exclusive leaves out SO_REUSEADDR: a port that is kept by a socket which doesn't listen is taken, too.
 	exclusive bool
 }
 
-// find returns the first of the ports that next gives, until 0, which is free on
-// each of the addresses, and the address where the last one before it was taken.
-// Where it can't be told, the port driver is asked: only what is in use counts
-// as taken. It is called on the host, and leaves no socket open. A failed bind
-// leaves a socket as it was, so that a taken port costs one system call.
+// find returns the first of the ports that next gives, until 0, which is free on each of the addresses, and
+// the address where the last one before it was taken. Where it can't be told, the port driver is asked: only
+// what is in use counts as taken. It is called on the host, and leaves no socket open. A failed bind leaves a
+// socket as it was, so that a taken port costs one system call.
 func (l *look) find(next func() int) (free int, taken netip.Addr) {
 	var fds []int
 	drop := func() {
@@ -106,9 +102,8 @@ func (l *look) find(next func() int) (free int, taken netip.Addr) {
 	return free, taken
 }
 
-// refusal tells why port can't be had on addr, with the text that RootlessKit's
-// builtin port driver would give, or returns nil if it can, or can't be seen.
-// It is called on the host.
+// refusal tells why port can't be had on addr, with the text that RootlessKit's builtin port driver would
+// give, or returns nil if it can, or can't be seen. It is called on the host.
 func (l *look) refusal(addr netip.Addr, port int) error {
 	fd, err := socket(l.proto, addr, !l.exclusive)
 	if err != nil {
@@ -134,8 +129,8 @@ func listenError(proto types.Protocol, addr netip.Addr, port int, err error) err
 	return fmt.Errorf("listen %s %s: bind: %w", network(proto, addr.Is6()), netip.AddrPortFrom(addr, uint16(port)), err)
 }
 
-// socket makes a socket in the calling thread's namespace, to bind to addr. One
-// of TCP is made as a port driver's, if reuse is set.
+// socket makes a socket in the calling thread's namespace, to bind to addr. One of TCP is made as a port
+// driver's, if reuse is set.
 func socket(proto types.Protocol, addr netip.Addr, reuse bool) (int, error) {
 	domain, typ := unix.AF_INET, unix.SOCK_DGRAM
 	if addr.Is6() {
@@ -164,8 +159,8 @@ func sockaddr(addr netip.Addr, port int) unix.Sockaddr {
 	return &unix.SockaddrInet4{Addr: addr.As4(), Port: port}
 }
 
-// settings has files of the host's settings (ip-sysctl.rst), by name. Whichever
-// thread reads one at offset 0 gets what is set on the host now.
+// settings has files of the host's settings (ip-sysctl.rst), by name. Whichever thread reads one at offset 0
+// gets what is set on the host now.
 var settings = sync.OnceValue(func() map[string]*os.File {
 	files := map[string]*os.File{portRange: nil, reservedPorts: nil, unprivilegedStart: nil}
 	onHost(func() {
@@ -182,8 +177,8 @@ const (
 	unprivilegedStart = "/proc/sys/net/ipv4/ip_unprivileged_port_start"
 )
 
-// hostSetting returns a setting, in one read: the kernel has no more to say at
-// another offset, and cuts what the buffer can't take.
+// hostSetting returns a setting, in one read: the kernel has no more to say at another offset, and cuts what
+// the buffer can't take.
 func hostSetting(name string) string {
 	for size := 64; ; size *= 16 {
 		buf := make([]byte, size)

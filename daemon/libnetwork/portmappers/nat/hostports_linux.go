@@ -9,18 +9,17 @@ import (
 )
 
 const (
-	// jumpAfter is how many ports in a row may be taken before the search looks
-	// elsewhere: taken ports often come in blocks.
+	// jumpAfter is how many ports in a row may be taken before the search looks elsewhere: taken ports often
+	// come in blocks.
 	jumpAfter = 512
-	// jumpAfterRefusals is the same for ports that are free as far as can be seen,
-	// and which the port driver refuses all the same. There may be maxRefusals.
+	// jumpAfterRefusals is the same for ports that are free as far as can be seen, and which the port driver
+	// refuses all the same. There may be maxRefusals.
 	jumpAfterRefusals = 8
 	maxRefusals       = 64
 )
 
-// hostPorts is the source of the ports that are free on the host, one by one:
-// of a user's own range in order, and of the dynamic range from the one on that
-// comes after the port given last.
+// hostPorts is the source of the ports that are free on the host, one by one: of a user's own range in order,
+// and of the dynamic range from the one on that comes after the port given last.
 type hostPorts struct {
 	look        *look
 	own         *reservations // This daemon's own ports need no look.

@@ -1,11 +1,9 @@
-// Package nat maps container ports to host ports by binding them in the
-// daemon's network namespace and, in rootless mode, by asking RootlessKit's
-// port driver to expose them on the host.
+// Package nat maps container ports to host ports by binding them in the daemon's network namespace and, in
+// rootless mode, by asking RootlessKit's port driver to expose them on the host.
 //
-// Two network namespaces have two port tables: a port that is free in the
-// child (where the daemon's sockets are) can be taken on the host (where
-// RootlessKit listens). MapPorts therefore searches: each room of this package
-// is a file, and stands on those that it uses.
+// Two network namespaces have two port tables: a port that is free in the child (where the daemon's sockets
+// are) can be taken on the host (where RootlessKit listens). MapPorts therefore searches: each room of this
+// package is a file, and stands on those that it uses.
 package nat
 
 import (
@@ -29,8 +27,8 @@ func Register(r portmapperapi.Registerer, cfg Config) error {
 	return r.Register(driverName, NewPortMapper(cfg))
 }
 
-// PortMapper publishes ports by binding them and, in rootless mode, by having
-// RootlessKit expose them. The zero value is a rootful PortMapper.
+// PortMapper publishes ports by binding them and, in rootless mode, by having RootlessKit expose them. The
+// zero value is a rootful PortMapper.
 type PortMapper struct{ rooms *rooms }
 
 // rooms is what a PortMapper remembers.
@@ -43,8 +41,7 @@ type rooms struct {
 
 // Config is the configuration of a PortMapper.
 type Config struct {
-	// RlkClient speaks to RootlessKit's port driver. It is nil, or a nil
-	// pointer, when there is none to ask.
+	// RlkClient speaks to RootlessKit's port driver. It is nil, or a nil pointer, when there is none to ask.
 	RlkClient PortDriverClient
 }
 
@@ -54,33 +51,27 @@ func NewPortMapper(cfg Config) PortMapper {
 		leases:  &reservations{parts: map[childPort]int{}, late: map[*unsettled]childPort{}},
 		cursors: map[types.Protocol]*atomic.Int32{types.TCP: {}, types.UDP: {}},
 	}
-	// Upstream's client is a nil pointer where there is none to ask. Then, as no
-	// port driver's, its address for 0.0.0.0 in the child is that one.
+	// Upstream's client is a nil pointer where there is none to ask. Then, as no port driver's, its address
+	// for 0.0.0.0 in the child is that one.
 	any4 := netip.IPv4Unspecified()
 	if c := cfg.RlkClient; c != nil && c.ChildHostIP("tcp", any4) != any4 {
 		m.driver = &silence{PortDriverClient: &childIPs{PortDriverClient: c, byHost: map[netip.Addr]netip.Addr{}}}
 	} else if os.Getenv("ROOTLESSKIT_STATE_DIR") != "" && portDriverIsImplicit() {
-		m.usePasta()
+		m.pasta = &pasta{own: map[ownPort]ownBindings{}}
+		for _, c := range m.cursors {
+			c.Store(rand.Int32N(65536)) // Other daemons look at the same host.
+		}
 	}
 	return PortMapper{rooms: m}
 }
 
-// usePasta starts at any place, since other daemons look at the same host.
-func (m *rooms) usePasta() {
-	m.pasta = &pasta{own: map[ownPort]ownBindings{}}
-	for _, c := range m.cursors {
-		c.Store(rand.Int32N(65536))
-	}
-}
-
-// MapPorts publishes cfg's container port on one host port, the same for every
-// host address in cfg. The caller ensures that cfg's entries have the same
-// protocol, container port and host port range; their host addresses differ.
+// MapPorts publishes cfg's container port on one host port, the same for every host address in cfg. The
+// caller ensures that cfg's entries have the same protocol, container port and host port range; their host
+// addresses differ.
 //
-// A dynamic host port (0, or a range) is searched for until one is free in the
-// child namespace and on the host, for two seconds; a fixed one is asked for
-// once. The search ends with ctx, with errors.Is(err, ctx.Err()). RootlessKit is
-// waited for as silence tells. When MapPorts fails, nothing stays published.
+// A dynamic host port (0, or a range) is searched for until one is free in the child namespace and on the
+// host, for two seconds; a fixed one is asked for once. The search ends with ctx, with errors.Is(err,
+// ctx.Err()). RootlessKit is waited for as silence tells. When MapPorts fails, nothing stays published.
 //
 // cfg is neither written to nor kept.
 func (pm PortMapper) MapPorts(ctx context.Context, cfg []portmapperapi.PortBindingReq) ([]portmapperapi.PortBinding, error) {
@@ -141,8 +132,8 @@ func (m *rooms) lookAtHost(ctx context.Context, s *search) {
 	}
 }
 
-// explain gathers what is known of a failed search. A rootful daemon's errors
-// for a fixed port are the allocator's.
+// explain gathers what is known of a failed search. A rootful daemon's errors for a fixed port are the
+// allocator's.
 func (m *rooms) explain(s *search, f *failure) error {
 	r, child := (*hostRefusal)(nil), (*childRefusal)(nil)
 	if s.driver == nil && s.req.fixed() && errors.As(f.last, &child) {
@@ -164,11 +155,10 @@ func (m *rooms) explain(s *search, f *failure) error {
 	return explain(f, s.req, known)
 }
 
-// UnmapPorts closes, removes and releases everything that MapPorts set up for
-// pbs. A step that fails does not keep the others from being done; every
-// failure is in the returned error, but for removals that RootlessKit has not
-// answered in time: those are logged, and their ports stay reserved until it
-// has. How long it is waited for, silence tells.
+// UnmapPorts closes, removes and releases everything that MapPorts set up for pbs. A step that fails does not
+// keep the others from being done; every failure is in the returned error, but for removals that RootlessKit
+// has not answered in time: those are logged, and their ports stay reserved until it has. How long it is
+// waited for, silence tells.
 func (pm PortMapper) UnmapPorts(_ context.Context, pbs []portmapperapi.PortBinding) error {
 	var leases *reservations
 	if pm.rooms != nil {

@@ -16,15 +16,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// pastaLag is how long pasta may keep a port after the child has let go of it:
-// up to 0.8 s were seen.
+// pastaLag is how long pasta may keep a port after the child has let go of it: up to 0.8 s were seen.
 const pastaLag = 3 * time.Second
 
-// pasta stands in for RootlessKit's port driver "implicit". Nobody asks that one
-// for a port: pasta watches the child namespace and binds on the host what is
-// bound there, 0.7 s later, on the wildcard address. If it can't, since another
-// process has the port, it says so to nobody, and the container's traffic goes
-// to a stranger. So a port is looked at first, and kept for pasta.
+// pasta stands in for RootlessKit's port driver "implicit". Nobody asks that one for a port: pasta watches
+// the child namespace and binds on the host what is bound there, 0.7 s later, on the wildcard address. If it
+// can't, since another process has the port, it says so to nobody, and the container's traffic goes to a
+// stranger. So a port is looked at first, and kept for pasta.
 type pasta struct {
 	mu  sync.Mutex
 	own map[ownPort]ownBindings
@@ -51,9 +49,8 @@ func pastaAddrs() []netip.Addr {
 	return []netip.Addr{netip.IPv4Unspecified(), netip.IPv6Unspecified()}
 }
 
-// portDriverIsImplicit tells whether RootlessKit's port driver is "implicit".
-// Its API doesn't tell it from "none", which publishes nothing on the host; the
-// command line does. RootlessKit is this process's parent.
+// portDriverIsImplicit tells whether RootlessKit's port driver is "implicit". Its API doesn't tell it from
+// "none", which publishes nothing on the host; the command line does. RootlessKit is this process's parent.
 func portDriverIsImplicit() bool {
 	cmdline, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", os.Getppid()))
 	return isImplicit(string(cmdline))
@@ -63,9 +60,9 @@ func isImplicit(cmdline string) bool {
 	return strings.Contains(cmdline, "\x00--port-driver=implicit\x00") || strings.Contains(cmdline, "\x00--port-driver\x00implicit\x00")
 }
 
-// client returns the driver for one request. If insist is set, which is for a
-// port that the user named, a port counts as free that pasta will get all the
-// same: one of this daemon's own, or one with connections that were served.
+// client returns the driver for one request. If insist is set, which is for a port that the user named, a
+// port counts as free that pasta will get all the same: one of this daemon's own, or one with connections
+// that were served.
 func (p *pasta) client(insist bool) PortDriverClient { return &pastaClient{pasta: p, insist: insist} }
 
 type pastaClient struct {
@@ -78,8 +75,7 @@ type pastaClient struct {
 
 func (c *pastaClient) ChildHostIP(_ string, hostIP netip.Addr) netip.Addr { return hostIP }
 
-// AddPort keeps the port on the host, for pasta. It fails open, where the host
-// can't be looked at.
+// AddPort keeps the port on the host, for pasta. It fails open, where the host can't be looked at.
 func (c *pastaClient) AddPort(_ context.Context, proto string, _, _ netip.Addr, port int) (func() error, error) {
 	p := ownPort{types.ParseProtocol(proto), port}
 	c.mu.Lock()
@@ -119,8 +115,7 @@ func (c *pastaClient) letGo() {
 	c.socks = nil
 }
 
-// keep binds p's port on all that pasta may bind, or returns why it can't. It is
-// called on the host.
+// keep binds p's port on all that pasta may bind, or returns why it can't. It is called on the host.
 func (c *pastaClient) keep(p ownPort) error {
 	// pasta takes the UDP port for every TCP port, too.
 	own := !c.own[ownPort{types.TCP, p.port}].over() || !c.own[ownPort{types.UDP, p.port}].over()
@@ -135,12 +130,10 @@ func (c *pastaClient) keep(p ownPort) error {
 	return nil
 }
 
-// keepAt binds a socket that is in everybody's way but pasta's, which sets
-// SO_REUSEADDR and comes later. One that is bound without SO_REUSEADDR finds
-// other daemons' kept ports taken; but a connection that was served keeps that
-// off for a minute, where pasta could listen: then, if it is to insist, it is
-// bound as pasta does, for TCP. A UDP socket that is bound after pasta's would
-// take its datagrams.
+// keepAt binds a socket that is in everybody's way but pasta's, which sets SO_REUSEADDR and comes later. One
+// that is bound without SO_REUSEADDR finds other daemons' kept ports taken; but a connection that was served
+// keeps that off for a minute, where pasta could listen: then, if it is to insist, it is bound as pasta does,
+// for TCP. A UDP socket that is bound after pasta's would take its datagrams.
 func keepAt(p ownPort, addr netip.Addr, insist bool) (int, error) {
 	fd, err := socket(p.proto, addr, false)
 	if err != nil {

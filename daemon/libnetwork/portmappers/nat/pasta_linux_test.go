@@ -21,10 +21,15 @@ func underPasta(t *testing.T, f func(t *testing.T, pm PortMapper)) {
 	newHostFake(t) // For its check that nothing is left.
 	synctest.Test(t, func(t *testing.T) {
 		inChild(t)
-		pm := NewPortMapper(Config{RlkClient: (*typedNil)(nil)})
-		pm.rooms.usePasta()
-		f(t, pm)
+		f(t, pastaMapper())
 	})
+}
+
+// pastaMapper is a daemon's whose RootlessKit has the implicit port driver.
+func pastaMapper() PortMapper {
+	pm := NewPortMapper(Config{RlkClient: (*typedNil)(nil)})
+	pm.rooms.pasta = &pasta{own: map[ownPort]ownBindings{}}
+	return pm
 }
 
 func mapped(t *testing.T, pm PortMapper, reqs []portmapperapi.PortBindingReq) []portmapperapi.PortBinding {
@@ -144,8 +149,7 @@ func TestPortIsKeptForPasta(t *testing.T) {
 				assert.Check(t, is.ErrorContains(err, "address already in use"))
 				assert.NilError(t, l.Close())
 				// Another daemon's Berth has the other one.
-				other := NewPortMapper(Config{})
-				other.rooms.usePasta()
+				other := pastaMapper()
 				theirs := mapped(t, other, ask(proto, 0, 0, "127.0.0.1"))
 				assert.Check(t, is.Equal(int(theirs[0].HostPort), 80001-port))
 				pastaBinds(t, proto, port)()

@@ -25,8 +25,8 @@ const (
 	no      verdict = "no port"            // The request itself can't be served.
 )
 
-// cause is what a refusal is about. Where the signs of more than one meet in an
-// error, the last of them in this list holds.
+// cause is what a refusal is about. Where the signs of more than one meet in an error, the last of them in
+// this list holds.
 type cause int
 
 const (
@@ -52,9 +52,8 @@ func (c cause) verdict() verdict {
 	return no
 }
 
-// signs has what a cause is known by. The errno of a port driver's refusal gets
-// lost in RootlessKit's API (an answer has only a message), so there is a text
-// for each, in lower case.
+// signs has what a cause is known by. The errno of a port driver's refusal gets lost in RootlessKit's API (an
+// answer has only a message), so there is a text for each, in lower case.
 var signs = [...]struct {
 	errnos []unix.Errno
 	texts  []string
@@ -82,8 +81,8 @@ var signs = [...]struct {
 const (
 	textAllocated    = "port is already allocated"
 	textAllAllocated = "all ports are allocated"
-	// textUnsupported is what dockerd's client says of a protocol that the port
-	// driver does not serve (rlkclient.ProtocolUnsupportedError, an internal type).
+	// textUnsupported is what dockerd's client says of a protocol that the port driver does not serve
+	// (rlkclient.ProtocolUnsupportedError, an internal type).
 	textUnsupported = "is not supported by the rootlesskit port driver"
 )
 
@@ -104,8 +103,8 @@ func (r *hostRefusal) Error() string {
 
 func (r *hostRefusal) Unwrap() error { return r.err }
 
-// childRefusal is the allocator's error, or one of binding in the child
-// namespace, for the ports from first on, or any if that is 0.
+// childRefusal is the allocator's error, or one of binding in the child namespace, for the ports from first
+// on, or any if that is 0.
 type childRefusal struct {
 	first int
 	err   error
@@ -115,8 +114,8 @@ func (r *childRefusal) Error() string { return "child namespace: " + r.err.Error
 
 func (r *childRefusal) Unwrap() error { return r.err }
 
-// causeOf tells what err is about. limit is the host's first port that takes no
-// privilege, or 0 if it can't be seen.
+// causeOf tells what err is about. limit is the host's first port that takes no privilege, or 0 if it can't
+// be seen.
 func causeOf(err error, limit int) cause {
 	c, text := unclear, strings.ToLower(err.Error())
 	for i, s := range signs {
@@ -142,8 +141,8 @@ func causeOf(err error, limit int) cause {
 	return c
 }
 
-// limitOf returns the first port that takes no privilege: as seen on the host,
-// or as RootlessKit says, or the kernel's default.
+// limitOf returns the first port that takes no privilege: as seen on the host, or as RootlessKit says, or the
+// kernel's default.
 func limitOf(err error, seen int) int {
 	if seen != 0 {
 		return seen
@@ -155,8 +154,8 @@ func limitOf(err error, seen int) int {
 	return said
 }
 
-// isLost tells whether a request may have reached RootlessKit, and its answer
-// did not come back whole: what it did is not known.
+// isLost tells whether a request may have reached RootlessKit, and its answer did not come back whole: what
+// it did is not known.
 func isLost(err error) bool {
 	urlErr, op, syntax := (*url.Error)(nil), (*net.OpError)(nil), (*json.SyntaxError)(nil)
 	if errors.As(err, &op) {
@@ -170,8 +169,8 @@ func isUnsupported(err error) bool {
 	return strings.Contains(strings.ToLower(err.Error()), textUnsupported)
 }
 
-// isUnknownPort tells whether RootlessKit's answer to a removal is that it has
-// no such port. That is as good as having removed it.
+// isUnknownPort tells whether RootlessKit's answer to a removal is that it has no such port. That is as good
+// as having removed it.
 func isUnknownPort(err error) bool {
 	text := strings.ToLower(err.Error())
 	return slices.ContainsFunc([]string{"unknown id", "unknown port id", "invalid id", "bad arguments.id"},

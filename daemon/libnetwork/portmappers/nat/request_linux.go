@@ -11,8 +11,7 @@ import (
 	"github.com/moby/moby/v2/daemon/libnetwork/types"
 )
 
-// request is what one call of MapPorts asks for: one port, the same on each of
-// its host addresses.
+// request is what one call of MapPorts asks for: one port, the same on each of its host addresses.
 type request struct {
 	proto       types.Protocol
 	container   uint16 // container is the container's port.
@@ -21,16 +20,15 @@ type request struct {
 	binds       []net.IP // The child addresses, each once.
 }
 
-// address is a host address, what stands in for it in the child namespace, and
-// the caller's words for it.
+// address is a host address, what stands in for it in the child namespace, and the caller's words for it.
 type address struct {
 	host, child netip.Addr
 	shares      bool // An address before it has the same child address.
 	cfg         portmapperapi.PortBindingReq
 }
 
-// newRequest makes the request of cfg, without what the driver does not serve. A
-// nil driver, which nobody asks, serves all.
+// newRequest makes the request of cfg, without what the driver does not serve. A nil driver, which nobody
+// asks, serves all.
 func newRequest(cfg []portmapperapi.PortBindingReq, driver PortDriverClient) (*request, error) {
 	f := cfg[0]
 	r := &request{
@@ -80,8 +78,8 @@ func (r *request) dynamic() bool { return r.first == 0 && r.last == 0 }
 // fixed tells whether one host port was asked for.
 func (r *request) fixed() bool { return r.first == r.last && r.first != 0 }
 
-// ports returns the range to search. Without a view that is the allocator's
-// own, which upstream tells for tests only: no other way leads to it.
+// ports returns the range to search. Without a view that is the allocator's own, which upstream tells for
+// tests only: no other way leads to it.
 func (r *request) ports() (first, last int) {
 	if r.dynamic() {
 		f, l := portallocator.GetPortRange()
@@ -90,8 +88,8 @@ func (r *request) ports() (first, last int) {
 	return r.first, r.last
 }
 
-// checkOverlap returns an error if two host addresses can't have the same port
-// on any host: no search would find one.
+// checkOverlap returns an error if two host addresses can't have the same port on any host: no search would
+// find one.
 func (r *request) checkOverlap() error {
 	for i, a := range r.addrs {
 		for _, b := range r.addrs[:i] {

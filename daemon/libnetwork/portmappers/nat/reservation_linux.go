@@ -9,10 +9,9 @@ import (
 	"github.com/moby/moby/v2/daemon/libnetwork/types"
 )
 
-// reservations knows who still needs a child port that the allocator has
-// reserved: bindings, some of which share one, and calls to RootlessKit that are
-// not settled. Whoever leaves last ends the reservation. A nil one knows nobody:
-// the reservation ends with whoever leaves first.
+// reservations knows who still needs a child port that the allocator has reserved: bindings, some of which
+// share one, and calls to RootlessKit that are not settled. Whoever leaves last ends the reservation. A nil
+// one knows nobody: the reservation ends with whoever leaves first.
 type reservations struct {
 	mu    sync.Mutex
 	parts map[childPort]int
@@ -30,8 +29,8 @@ func (r *reservations) join(p childPort) {
 	r.parts[p]++
 }
 
-// leave ends one part in the reservation of p: now or, where the call that
-// should have freed it on the host is unsettled, when that is settled.
+// leave ends one part in the reservation of p: now or, where the call that should have freed it on the host
+// is unsettled, when that is settled.
 func (r *reservations) leave(p childPort, u *unsettled) {
 	if u == nil || r == nil {
 		r.end(p)
@@ -81,9 +80,9 @@ func (r *reservations) ports(proto types.Protocol, to *portSet) {
 	}
 }
 
-// wait waits until nothing of a fixed port is unsettled: so that a container
-// which is restarted while RootlessKit stalls comes back. It waits for as long
-// as for an answer, and in vain only once a silence: the daemon's lock is held.
+// wait waits until nothing of a fixed port is unsettled: so that a container which is restarted while
+// RootlessKit stalls comes back. It waits for as long as for an answer, and in vain only once a silence: the
+// daemon's lock is held.
 func (r *reservations) wait(ctx context.Context, req *request) {
 	timeout := time.NewTimer(patience)
 	defer timeout.Stop()

@@ -12,24 +12,22 @@ import (
 )
 
 const (
-	// patience is how long RootlessKit may take for an answer. The bridge driver
-	// calls MapPorts, and mostly UnmapPorts, with its configNetwork lock held:
-	// meanwhile, none of the daemon's containers starts, stops or joins a network.
+	// patience is how long RootlessKit may take for an answer. The bridge driver calls MapPorts, and mostly
+	// UnmapPorts, with its configNetwork lock held: meanwhile, none of the daemon's containers starts, stops
+	// or joins a network.
 	patience = 10 * time.Second
-	// allowance is what calls may wait for a silent RootlessKit, all together, in
-	// each allowancePeriod.
+	// allowance is what calls may wait for a silent RootlessKit, all together, in each allowancePeriod.
 	allowance       = 100 * time.Millisecond
 	allowancePeriod = time.Second
 )
 
-// removalRetries is how long to wait each time before another try of a removal
-// that was answered with an error.
+// removalRetries is how long to wait each time before another try of a removal that was answered with an
+// error.
 var removalRetries = [...]time.Duration{100 * time.Millisecond, time.Second, 5 * time.Second}
 
-// silence is a driver round another, which is not waited for without bounds.
-// Calls that wait at once share a deadline: patience after the first of them
-// began, or after the last answer. Once it passes, RootlessKit is silent until
-// any call returns. What was given up is seen through behind, and undone.
+// silence is a driver round another, which is not waited for without bounds. Calls that wait at once share a
+// deadline: patience after the first of them began, or after the last answer. Once it passes, RootlessKit is
+// silent until any call returns. What was given up is seen through behind, and undone.
 type silence struct {
 	PortDriverClient
 
@@ -40,14 +38,60 @@ type silence struct {
 	full    time.Time // full is when the allowance is whole again.
 }
 
-// AddPort returns an *unsettled error if it gave up. That is settled once the
-// answer came and what was exposed is gone.
+// AddPort returns an *unsettled error if it gave up. That is settled once the answer came and what was
+// exposed is gone.
 func (s *silence) AddPort(ctx context.Context, proto string, hostIP, childIP netip.Addr, hostPort int) (func() error, error) {
-	e := &exposed{silence: s, ctx: ctx, at: netip.AddrPortFrom(hostIP, uint16(hostPort)), proto: proto}
-	err := s.call(false, func() (err error) {
-		e.undo, err = s.PortDriverClient.AddPort(ctx, proto, hostIP, childIP, hostPort)
-		return err
-	}, func(err error) {
+	e := &exposed{silence: s, ctx: ctx, at: netip.AddrPortFrom(hostIP, uint16(hostPort)), proto: proto, child: childIP}
+	err := s.call(e)
+	if err == nil {
+		return e.remove, nil
+	}
+	if isLost(err) {
+		e.warnLeft(err)
+	}
+	return nil, err
+}
+
+// exposed is a port that RootlessKit is to expose on the host.
+type exposed struct {
+	*silence
+	ctx     context.Context
+	at      netip.AddrPort
+	proto   string
+	child   netip.Addr
+	undo    func() error
+	removed atomic.Bool // removed is set when undo is to be called.
+}
+
+// remove undoes an AddPort. A removal that fails is tried again behind.
+func (e *exposed) remove() error {
+	if e.removed.Swap(true) {
+		return errRemoved
+	}
+	err := e.call(e)
+	if _, gaveUp := err.(*unsettled); gaveUp {
+		e.warn(err, "RootlessKit did not answer the removal of a host port: it stays reserved until the answer comes")
+	} else if err != nil && isUnknownPort(err) {
+		return nil
+	} else if err != nil {
+		go e.seeThrough(err)
+		return fmt.Errorf("failed to remove host port %s/%s: %w", e.at, e.proto, err)
+	}
+	return err
+}
+
+// ask is the call that is next.
+func (e *exposed) ask() (err error) {
+	if e.removed.Load() {
+		return e.undo()
+	}
+	e.undo, err = e.PortDriverClient.AddPort(e.ctx, e.proto, e.at.Addr(), e.child, int(e.at.Port()))
+	return err
+}
+
+// seeThrough has nothing left on the host after ask's answer, which nobody waits for any more.
+func (e *exposed) seeThrough(err error) {
+	if !e.removed.Load() {
 		if err == nil {
 			err = e.retry(e.undo())
 		} else if !isLost(err) {
@@ -56,43 +100,12 @@ func (s *silence) AddPort(ctx context.Context, proto string, hostIP, childIP net
 		if err == nil {
 			e.warn(nil, "RootlessKit answered a port request after it was given up: undone")
 		}
-		e.warnIfLeft(err)
-	})
+	} else {
+		err = e.retry(err)
+	}
 	if err != nil {
-		if isLost(err) {
-			e.warnIfLeft(err)
-		}
-		return nil, err
+		e.warnLeft(err)
 	}
-	return e.remove, nil
-}
-
-// exposed is a port that RootlessKit exposes on the host.
-type exposed struct {
-	*silence
-	ctx     context.Context
-	at      netip.AddrPort
-	proto   string
-	undo    func() error
-	removed atomic.Bool
-}
-
-// remove undoes an AddPort. A removal that fails is tried again behind.
-func (e *exposed) remove() error {
-	if e.removed.Swap(true) {
-		return errRemoved
-	}
-	seeThrough := func(err error) { e.warnIfLeft(e.retry(err)) }
-	err := e.call(true, e.undo, seeThrough)
-	if _, gaveUp := err.(*unsettled); gaveUp {
-		e.warn(err, "RootlessKit did not answer the removal of a host port: it stays reserved until the answer comes")
-	} else if err != nil && isUnknownPort(err) {
-		return nil
-	} else if err != nil {
-		go seeThrough(err)
-		return fmt.Errorf("failed to remove host port %s/%s: %w", e.at, e.proto, err)
-	}
-	return err
 }
 
 // retry tries a removal that failed with err again. It takes seconds.
@@ -107,44 +120,45 @@ func (e *exposed) retry(err error) error {
 	return err
 }
 
-// warnIfLeft tells of a port that nobody will remove.
-func (e *exposed) warnIfLeft(err error) {
-	if err != nil && isLost(err) {
-		e.warn(err, "RootlessKit's answer was lost: it may hold the host port")
-	} else if err != nil {
-		e.warn(err, "RootlessKit may hold a host port: it failed to remove it")
+// warnLeft tells of a port that nobody will remove.
+func (e *exposed) warnLeft(err error) {
+	message := "RootlessKit may hold a host port: it failed to remove it"
+	if isLost(err) {
+		message = "RootlessKit's answer was lost: it may hold the host port"
 	}
+	e.warn(err, message)
 }
 
 func (e *exposed) warn(err error, message string) {
 	log.G(e.ctx).WithFields(log.Fields{"hostIP": e.at.Addr(), "port": e.at.Port(), "proto": e.proto, "error": err}).Warn(message)
 }
 
-// call has f called on another thread, and waits for it. If it gives up, it
-// returns an *unsettled, and late gets what f returns. The thread also makes f
-// cheaper: the caller's is locked in the child namespace. While RootlessKit is
-// silent, only what is needed is sent once there is no time to wait for it.
-func (s *silence) call(needed bool, f func() error, late func(error)) error {
-	c := call{answer: make(chan error, 1), settled: make(chan struct{})}
+// call has e ask on another thread, and waits for the answer. If it gives up, it returns an *unsettled. The
+// thread also makes asking cheaper: the caller's is locked in the child namespace. While RootlessKit is
+// silent, only a removal is sent once there is no time to wait for it.
+func (s *silence) call(e *exposed) error {
+	c := call{answer: make(chan error, 1)}
 	start := time.Now()
-	wait, ok := s.begin(start, needed)
+	wait, ok := s.begin(start, e.removed.Load())
 	if !ok {
 		return fmt.Errorf("%w to others: not asked", errNoAnswer)
 	}
 	go func() {
-		err := f()
+		err := e.ask()
 		if s.end(&c) {
 			c.answer <- err
 			return
 		}
-		late(err)
+		e.seeThrough(err)
 		close(c.settled)
 	}()
 	for {
+		timer := time.NewTimer(wait)
 		select {
 		case err := <-c.answer:
+			timer.Stop()
 			return err
-		case <-time.After(wait):
+		case <-timer.C:
 		}
 		if wait = s.giveUp(&c); wait == 0 {
 			return &unsettled{fmt.Errorf("%w (%s)", errNoAnswer, time.Since(start).Round(time.Millisecond)), c.settled}
@@ -154,13 +168,13 @@ func (s *silence) call(needed bool, f func() error, late func(error)) error {
 
 // call is one call of a driver.
 type call struct {
-	answer  chan error
-	settled chan struct{}
-	over    bool // over is set when it was answered or given up.
+	answer   chan error
+	answered bool
+	settled  chan struct{} // settled is made when it is given up.
 }
 
-// begin takes note of a call, unless it isn't to be made, and returns how long it
-// may be waited for. What a silence allows is spent with that.
+// begin takes note of a call, unless it isn't to be made, and returns how long it may be waited for. What a
+// silence allows is spent with that.
 func (s *silence) begin(now time.Time, needed bool) (wait time.Duration, ok bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -186,27 +200,27 @@ func (s *silence) end(c *call) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.since, s.silent = time.Now(), false
-	if c.over {
+	if c.settled != nil {
 		return false
 	}
-	c.over = true
+	c.answered = true
 	s.waiting--
 	return true
 }
 
-// giveUp takes note of the end of a wait, unless an answer came meanwhile, to
-// this call or another one. Then it returns how long to wait on.
+// giveUp takes note of the end of a wait, unless an answer came meanwhile, to this call or another one. Then
+// it returns how long to wait on.
 func (s *silence) giveUp(c *call) time.Duration {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	left := time.Until(s.since.Add(patience))
-	if c.over || left > 0 {
+	if c.answered || left > 0 {
 		return max(left, 1)
 	}
 	if !s.silent {
 		s.silent, s.full = true, time.Time{}
 	}
-	c.over = true
+	c.settled = make(chan struct{})
 	s.waiting--
 	return 0
 }
