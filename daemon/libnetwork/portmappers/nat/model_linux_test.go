@@ -215,7 +215,7 @@ func (m *model) remove(l *modelLease, remove func() error) error {
 	m.lock.Lock()
 	c := &modelCall{at: l.at, start: time.Now(), waited: l.live && !l.called, again: l.called}
 	if l.busy || l.gone {
-		m.fail("%v is removed twice", l.to)
+		m.fail("%s:%d is removed twice", l.to.ip, l.to.port)
 	}
 	l.called, l.busy = true, true
 	m.lock.Unlock()
@@ -515,12 +515,12 @@ func (m *model) check() {
 	needed, maybe := map[childPort]string{}, map[childPort]bool{}
 	for _, l := range m.leases {
 		if l.unmapped && !l.called {
-			m.fail("%v was not removed", l.to)
+			m.fail("%s:%d was not removed", l.to.ip, l.to.port)
 		}
 		if l.live && !l.called {
 			needed[l.at] = fmt.Sprintf("the binding at %s:%d", l.to.ip, l.to.port)
 			if !m.onHost(l.to) {
-				m.fail("%v is not on the host", l.to)
+				m.fail("%s:%d is not on the host", l.to.ip, l.to.port)
 			}
 		}
 		if l.failed > 0 && !l.gone {
