@@ -21,10 +21,20 @@ func reserve(t *testing.T, r *reservations, port, n int) (*request, childPort) {
 	assert.NilError(t, err)
 	req := &request{proto: types.UDP, first: port, last: port}
 	for range n {
-		req.hosts, req.children = append(req.hosts, child), append(req.children, child)
+		req.addrs = append(req.addrs, address{host: child, child: child})
 		r.join(req.childPort(0, port))
 	}
 	return req, req.childPort(0, port)
+}
+
+func noReservations() *reservations {
+	return &reservations{parts: map[childPort]int{}, late: map[*unsettled]childPort{}}
+}
+
+func has(r *reservations, proto types.Protocol, port int) bool {
+	var set portSet
+	r.ports(proto, &set)
+	return set.has(port)
 }
 
 func isReserved(p childPort) bool {
@@ -37,25 +47,24 @@ func isReserved(p childPort) bool {
 }
 
 func TestReservationEndsWithTheLastToLeave(t *testing.T) {
-	r := newReservations()
+	r := noReservations()
 	_, p := reserve(t, r, 20000, 2)
-	assert.Check(t, r.ports(types.UDP).has(20000) && !r.ports(types.TCP).has(20000) && !r.ports(types.UDP).has(20001))
+	assert.Check(t, has(r, types.UDP, 20000) && !has(r, types.TCP, 20000) && !has(r, types.UDP, 20001))
 	r.leave(p, nil)
 	assert.Check(t, isReserved(p))
 	r.leave(p, nil)
 	assert.Check(t, !isReserved(p))
-	assert.Check(t, !r.ports(types.UDP).has(20000))
+	assert.Check(t, !has(r, types.UDP, 20000))
 
 	r = nil // As of the zero PortMapper, which doesn't share.
 	_, p = reserve(t, r, 20000, 1)
-	assert.Check(t, !r.ports(types.UDP).has(20000))
 	r.leave(p, nil)
 	assert.Check(t, !isReserved(p))
 }
 
 func TestReservationLastsUntilCallsAreSettled(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := newReservations()
+		r := noReservations()
 		req, p := reserve(t, r, 20001, 3)
 		first, second := make(chan struct{}), make(chan struct{})
 		r.leave(p, &unsettled{settled: first})
@@ -70,12 +79,13 @@ func TestReservationLastsUntilCallsAreSettled(t *testing.T) {
 		close(first)
 		assert.Check(t, is.Equal(<-waited, time.Second))
 		assert.Check(t, !isReserved(p))
-		assert.Check(t, is.Equal(len(r.joined)+len(r.unsettled), 0))
+		synctest.Wait()
+		assert.Check(t, is.Equal(len(r.parts)+len(r.late), 0))
 	})
 }
 
 func TestReservationOfWhatWillNeverBeKnown(t *testing.T) {
-	r := newReservations()
+	r := noReservations()
 	_, p := reserve(t, r, 20002, 1)
 	r.leave(p, &unsettled{})
 	assert.Check(t, isReserved(p))
@@ -86,7 +96,7 @@ func TestReservationOfWhatWillNeverBeKnown(t *testing.T) {
 // A port is waited for in vain once, until a call is settled.
 func TestWaitInVainOnceASilence(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := newReservations()
+		r := noReservations()
 		wait := func(ctx context.Context, req *request) time.Duration {
 			return took(func() { r.wait(ctx, req) })
 		}

@@ -78,7 +78,7 @@ func underSilence(t *testing.T, f func(t *testing.T, h *hanging, s *silence)) {
 	fake := newFake(t)
 	synctest.Test(t, func(t *testing.T) {
 		h := &hanging{fakeDriver: fake}
-		f(t, h, newSilence(h))
+		f(t, h, &silence{PortDriverClient: h})
 	})
 }
 
