@@ -61,7 +61,7 @@ func (s *search) run(ctx context.Context) (*attempt, *failure) {
 		first, last, ok := s.ports.next()
 		switch err := ctx.Err(); {
 		case err != nil && (s.driver != nil || s.tries > 0):
-			return nil, s.failure("then its caller gave up", err)
+			return nil, &failure{how: "then its caller gave up", last: err, tried: s.tries}
 		case s.tries > 0 && time.Since(start) >= searchTime:
 			return nil, s.failure(fmt.Sprintf("none was had in %s", searchTime), s.last)
 		case !ok && s.req.fixed():
@@ -105,14 +105,18 @@ func (s *search) refused(a *attempt, err error, one bool) verdict {
 	}
 	s.ports.refused(n, port)
 
-	c := causeOf(err, 0)
-	if r := (*hostRefusal)(nil); s.view != nil && (c == unclear || c == privileged) && errors.As(err, &r) {
-		var seen error
-		onHost(func() { seen = s.view.refusal(r.host, r.port) })
-		if seen != nil && c == unclear {
-			r.err = fmt.Errorf("%w: %w", r.err, seen)
-		}
-		c = causeOf(err, hostUnprivileged())
+	limit := 0
+	if s.view != nil {
+		limit = hostUnprivileged()
+	}
+	c := causeOf(err, limit)
+	if r := (*hostRefusal)(nil); s.view != nil && c == unclear && errors.As(err, &r) {
+		onHost(func() {
+			if seen := s.view.refusal(r.host, r.port); seen != nil {
+				r.err = fmt.Errorf("%w: %w", r.err, seen)
+				c = causeOf(err, limit)
+			}
+		})
 	}
 	if c == unclear {
 		s.unclears++

@@ -337,6 +337,23 @@ func TestCallerGivesUp(t *testing.T) {
 		})
 	}
 
+	t.Run("after a port of its own, with others taken", func(t *testing.T) {
+		f := newHostFake(t)
+		inChild(t)
+		pm := NewPortMapper(Config{RlkClient: f})
+		pbs, err := pm.MapPorts(context.Background(), ask(types.TCP, 8000, 8000, "0.0.0.0"))
+		assert.NilError(t, err)
+		occupy(t, "tcp", "0.0.0.0", 8001, 8001)
+		ctx, cancel := context.WithCancel(context.Background())
+		f.answer = func(int, mapping) error {
+			cancel()
+			return errors.New(answerPrefix + "conflict with ID 7")
+		}
+		_, err = pm.MapPorts(ctx, ask(types.TCP, 8000, 8003, "0.0.0.0"))
+		assert.Check(t, is.ErrorIs(err, context.Canceled))
+		assert.Check(t, pm.UnmapPorts(context.Background(), pbs))
+	})
+
 	t.Run("during the call for a fixed port, which is refused", func(t *testing.T) {
 		f := newFake(t)
 		ctx, cancel := context.WithCancel(context.Background())
