@@ -220,7 +220,8 @@ func TestDownLeavesNothing(t *testing.T) {
 		assert.NilError(t, err)
 	}
 	assert.Assert(t, machine(t, s) != before, "the stack is not seen")
-	assert.NilError(t, s.Down(t.Context()))
+	_, err := s.Purge(t.Context(), d.Options)
+	assert.NilError(t, err)
 	assert.Equal(t, machine(t, s), before)
 }
 

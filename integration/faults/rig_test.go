@@ -65,7 +65,7 @@ type counts struct{ descriptors, goroutines int }
 func start(t *testing.T) *rig {
 	t.Helper()
 	s := stacktest.At(t)
-	proxy, err := faultproxy.Start(s.RootlessKitSocket())
+	proxy, err := faultproxy.Start(s.RootlessKitSocket(), s.UID())
 	assert.NilError(t, err)
 	t.Cleanup(func() { assert.NilError(t, proxy.Close()) })
 	r := &rig{
@@ -159,8 +159,9 @@ func (r *rig) ports(t *testing.T) []binding {
 // listeners has the addresses where the stack's RootlessKit listens for TCP on the host.
 func listeners(t *testing.T, s *stack.Stack) []string {
 	t.Helper()
-	pid, err := s.PID("docker-rootlesskit")
+	p, err := s.Process(t.Context(), "docker-rootlesskit")
 	assert.NilError(t, err)
+	pid := p.PID
 	dir := fmt.Sprintf("/proc/%d/", pid)
 	sockets := map[string]bool{}
 	for _, link := range descriptors(t, pid) {
@@ -219,7 +220,7 @@ func descriptors(t *testing.T, pid int) []string {
 // are depends on the faults of the moment before.
 func (r *rig) counts(t *testing.T) counts {
 	t.Helper()
-	pid, err := r.d.PID("dockerd")
+	p, err := r.d.Process(t.Context(), "dockerd")
 	assert.NilError(t, err)
 	var c counts
 	for _, g := range r.goroutines(t) {
@@ -231,7 +232,7 @@ func (r *rig) counts(t *testing.T) counts {
 			c.goroutines++
 		}
 	}
-	c.descriptors += len(descriptors(t, pid))
+	c.descriptors += len(descriptors(t, p.PID))
 	return c
 }
 

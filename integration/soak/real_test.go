@@ -57,8 +57,9 @@ const (
 // between dockerd and RootlessKit meets a fault. What there is each minute, with all containers
 // gone, is also written to build/results/soak.json.
 func TestSoak(t *testing.T) {
-	socket := stacktest.At(t).RootlessKitSocket()
-	proxy, err := faultproxy.Start(socket)
+	place := stacktest.At(t)
+	socket := place.RootlessKitSocket()
+	proxy, err := faultproxy.Start(socket, place.UID())
 	assert.NilError(t, err)
 	t.Cleanup(func() { assert.Check(t, proxy.Close()) })
 	d := stacktest.Start(t, "dockerd", stack.Options{NoDetachNetns: *noDetachNetns, Env: stacktest.Behind(t, proxy.Socket)})
@@ -296,16 +297,18 @@ func (s *soak) sample() Sample {
 	s.d.API.Close()
 	sample.Listeners = listeners(t, s.d) - s.alien - sample.Named
 
-	dockerd, err := s.d.PIDs("dockerd")
+	status, err := s.d.Status(ctx)
 	assert.NilError(t, err)
-	assert.Equal(t, len(dockerd), 1)
-	sample.RSS = rss(t, dockerd[0])
-	sample.Descriptors = descriptors(t, dockerd[0])
-	rootlesskits, err := s.d.PIDs("docker-rootlesskit")
-	assert.NilError(t, err)
-	for _, pid := range rootlesskits {
-		sample.RootlessKitFDs += descriptors(t, pid)
+	for _, p := range status.Processes {
+		switch p.Program {
+		case "dockerd":
+			sample.RSS = rss(t, p.PID)
+			sample.Descriptors = descriptors(t, p.PID)
+		case "docker-rootlesskit":
+			sample.RootlessKitFDs += descriptors(t, p.PID)
+		}
 	}
+	assert.Assert(t, sample.RSS > 0 && sample.RootlessKitFDs > 0, "%v", status.Processes)
 	return sample
 }
 
