@@ -39,7 +39,7 @@ patched daemon, while another process holds %d of the first %d dynamic host port
 releases one and takes another every %v. Prints what came of it, and exits 0 only
 if Berth published every container and stock failed some, with 3 if not: then nothing is
 shown.`, loadHold, loadOf, loadChurn),
-		Example: `  berth stress -n 16`,
+		Example: `  berth stress -n 40`,
 		Args:    noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if starts < 1 || atOnce < 1 {

@@ -108,7 +108,19 @@ func (s *Stack) lockForRoot() (unlock func(), _ error) {
 	if err := os.MkdirAll(filepath.Dir(s.bin), 0o755); err != nil {
 		return nil, err
 	}
-	return lock(s.bin)
+	release, err := lock(s.bin)
+	if err != nil {
+		return nil, err
+	}
+	return func() {
+		// If nothing is in them.
+		for _, dir := range []string{s.bin, filepath.Dir(s.bin), forRoot} {
+			if os.Remove(dir) != nil {
+				break
+			}
+		}
+		release()
+	}, nil
 }
 
 // lock makes the directory if need be, and keeps others from it. The lock is on the directory itself, so that it goes with it.

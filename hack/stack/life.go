@@ -45,7 +45,7 @@ func (s *Stack) do(ctx context.Context, c call, log *os.File, tell io.Writer) (a
 	}
 
 	if !s.Exists() {
-		return answer{}, nil
+		return answer{}, s.stop(ctx, "", tell) // somebody may have removed it under a running stack
 	}
 	unlock, err := lock(s.Dir)
 	if err != nil {
@@ -93,6 +93,9 @@ func (s *Stack) up(ctx context.Context, op operation, o Options, log *os.File) (
 	defer unlock()
 	st := &state{ID: newID(), Options: o}
 	if isNew {
+		if err := s.stop(ctx, "", o.Progress); err != nil {
+			return err
+		}
 		if err := s.save(st); err != nil {
 			return errors.Join(err, os.RemoveAll(s.Dir)) // nobody would know whose it is
 		}

@@ -48,6 +48,13 @@ const markVar = "BERTH_STACK"
 
 func (s *Stack) mark(id string) string { return markVar + "=" + s.Dir + ":" + id }
 
+// has tells whether an environment has the mark of the stack with that id; "" is of any that was here.
+func (s *Stack) has(environ []string, id string) bool {
+	return slices.ContainsFunc(environ, func(v string) bool {
+		return v == s.mark(id) || id == "" && strings.HasPrefix(v, s.mark(""))
+	})
+}
+
 // processes lists what this stack has started: what has its mark in the environment, the containers that its own runtime keeps
 // a record of, and the descendants of both. It is not enough to have something of the stack in sight: anybody may mount its
 // socket. It needs no memory of what was started but the stack's directory, so it serves any later process.
@@ -56,7 +63,6 @@ func (s *Stack) processes(id string) ([]Process, error) {
 	if err != nil {
 		return nil, fmt.Errorf("list the processes: %w", err)
 	}
-	mark := s.mark(id)
 	inits := s.containers()
 	all := map[int]Process{}
 	ours := map[int]bool{}
@@ -66,7 +72,7 @@ func (s *Stack) processes(id string) ([]Process, error) {
 			continue
 		}
 		all[p.PID] = p
-		ours[p.PID] = inits[p.PID] == p.Start || isMarked(p, mark)
+		ours[p.PID] = inits[p.PID] == p.Start || s.started(p, id)
 	}
 	var list []Process
 	for pid, p := range all {
@@ -87,8 +93,8 @@ func (s *Stack) processes(id string) ([]Process, error) {
 	return list, nil
 }
 
-// isMarked tells whether the process has the mark in its environment. Other users' cannot be read; they are not ours.
-func isMarked(p Process, mark string) bool {
+// started tells whether the process has the mark in its environment. Other users' cannot be read; they are not ours.
+func (s *Stack) started(p Process, id string) bool {
 	fd, err := unix.PidfdOpen(p.PID, 0)
 	if err != nil {
 		return false
@@ -99,7 +105,7 @@ func isMarked(p Process, mark string) bool {
 		return false
 	}
 	environ, err := proc.Environ()
-	if err != nil || !slices.Contains(environ, mark) {
+	if err != nil || !s.has(environ, id) {
 		return false
 	}
 	// The process of the descriptor still has the pid: so what was read is its own.

@@ -142,6 +142,11 @@ func (s *Stack) start(ctx context.Context, op operation, o Options) (retErr erro
 		return err
 	}
 	if os.Getuid() == 0 {
+		defer func() {
+			if retErr != nil && !s.Exists() {
+				retErr = errors.Join(retErr, os.RemoveAll(s.bin))
+			}
+		}()
 		if err := s.install(ctx, o); err != nil {
 			return err
 		}
