@@ -191,6 +191,7 @@ func (s *Stack) command(st *state) *exec.Cmd {
 		// dockerd would ask for a systemd that is not there. In rootless mode this means: no cgroups.
 		cmd.Args = append(cmd.Args, "--exec-opt", "native.cgroupdriver=cgroupfs")
 	}
+	cmd.Args = append(cmd.Args, o.Args...)
 	// A session of its own: a Ctrl-C at the terminal is for us, and the stack outlives us.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	return cmd

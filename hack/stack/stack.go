@@ -49,6 +49,7 @@ type Options struct {
 	PortDriver    string `json:"port_driver"`     // RootlessKit's port driver, DefaultPortDriver by default
 	NoDetachNetns bool   `json:"no_detach_netns"` // dockerd's process is in the child namespace, as a whole
 
+	Args []string `json:"args,omitempty"` // more arguments for dockerd
 	// Env has more variables for the stack's processes, NAME=value. They go before the stack's own.
 	Env []string `json:"env,omitempty"`
 

@@ -274,10 +274,8 @@ func assertSane(t *testing.T, d *stacktest.Daemon, before string) {
 func hostPorts(t *testing.T, d *stacktest.Daemon) string {
 	t.Helper()
 	var lines []string
-	for _, file := range []string{"tcp", "tcp6", "udp", "udp6"} {
-		for line := range strings.Lines(sockets(t, file)) {
-			lines = append(lines, file+" "+line)
-		}
+	for _, s := range stacktest.Sockets(t) {
+		lines = append(lines, s.String()+"\n")
 	}
 	slices.Sort(lines)
 	rlk, err := portdriver.Dial(t.Context(), d.RootlessKitSocket())

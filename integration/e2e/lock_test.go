@@ -7,8 +7,6 @@ import (
 	"flag"
 	"fmt"
 	"net/netip"
-	"os"
-	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -125,11 +123,11 @@ func measureLock(t *testing.T, d *stacktest.Daemon, name string) []lockRow {
 			r := &rows[i]
 			r.Daemon, r.Taken = name, taken
 			r.Starts++
-			told := len(searches(t, d.Log))
+			told := len(searches(t, d))
 			if err := r.measure(t, d, others); err != nil {
 				r.Failed++
 			}
-			r.searches = append(r.searches, searches(t, d.Log)[told:]...)
+			r.searches = append(r.searches, searches(t, d)[told:]...)
 		}
 	}
 	for i := range rows {
@@ -218,17 +216,16 @@ func (r *lockRow) measure(t *testing.T, d *stacktest.Daemon, others []string) er
 	return failure
 }
 
-var searched = regexp.MustCompile(`"Published a host port after refusals of others".* duration="?([^ "]+)`)
-
 // searches returns how long those searches took that the daemon's log tells of.
-func searches(t *testing.T, log string) (took []time.Duration) {
+func searches(t *testing.T, d *stacktest.Daemon) (took []time.Duration) {
 	t.Helper()
-	data, err := os.ReadFile(log)
-	assert.NilError(t, err)
-	for _, m := range searched.FindAllSubmatch(data, -1) {
-		d, err := time.ParseDuration(string(m[1]))
+	for _, l := range d.ReadLog(t, 0) {
+		if l.Message != "Published a host port after refusals of others" {
+			continue
+		}
+		duration, err := time.ParseDuration(l.Duration)
 		assert.NilError(t, err)
-		took = append(took, d)
+		took = append(took, duration)
 	}
 	return took
 }

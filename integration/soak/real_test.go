@@ -11,8 +11,6 @@ import (
 	"net/netip"
 	"os"
 	"os/signal"
-	"os/user"
-	"regexp"
 	"strconv"
 	"strings"
 	"sync"
@@ -22,6 +20,7 @@ import (
 
 	"github.com/moby/moby/api/types/network"
 	"github.com/moby/moby/client"
+	"github.com/prometheus/procfs"
 	rlkclient "github.com/rootless-containers/rootlesskit/v3/pkg/api/client"
 	"github.com/rootless-containers/rootlesskit/v3/pkg/port"
 	"gotest.tools/v3/assert"
@@ -280,7 +279,7 @@ func (s *soak) sample() Sample {
 		}
 	}
 	var named map[string]bool
-	sample.Refusals, named = readLog(t, s.d.Log)
+	sample.Refusals, named = readLog(t, s.d)
 	ports, err := s.rlk.PortManager().ListPorts(ctx)
 	assert.NilError(t, err)
 	for _, p := range ports {
@@ -303,32 +302,26 @@ func (s *soak) sample() Sample {
 		switch p.Program {
 		case "dockerd":
 			sample.RSS = rss(t, p.PID)
-			sample.Descriptors = descriptors(t, p.PID)
+			sample.Descriptors = len(stacktest.Descriptors(t, p.PID))
 		case "docker-rootlesskit":
-			sample.RootlessKitFDs += descriptors(t, p.PID)
+			sample.RootlessKitFDs += len(stacktest.Descriptors(t, p.PID))
 		}
 	}
 	assert.Assert(t, sample.RSS > 0 && sample.RootlessKitFDs > 0, "%v", status.Processes)
 	return sample
 }
 
-var searched = regexp.MustCompile(`"Published a host port after refusals of others".* attempts=(\d+)`)
-
 // readLog counts the refusals that the daemon's log tells of, of searches that came out at a
 // port, and returns the host ports that RootlessKit may have though nobody knows.
-func readLog(t *testing.T, log string) (refusals int, named map[string]bool) {
+func readLog(t *testing.T, d *stacktest.Daemon) (refusals int, named map[string]bool) {
 	t.Helper()
-	data, err := os.ReadFile(log)
-	assert.NilError(t, err)
 	named = map[string]bool{}
-	for line := range strings.Lines(string(data)) {
-		if hostPort, ok := stacktest.LostPort(line); ok {
-			named[hostPort] = true
+	for _, l := range d.ReadLog(t, 0) {
+		if l.IsLost() {
+			named[l.HostPort()] = true
 		}
-		if m := searched.FindStringSubmatch(line); m != nil {
-			attempts, err := strconv.Atoi(m[1])
-			assert.NilError(t, err)
-			refusals += attempts - 1
+		if l.Message == "Published a host port after refusals of others" {
+			refusals += l.Attempts - 1
 		}
 	}
 	return refusals, named
@@ -338,21 +331,9 @@ func readLog(t *testing.T, log string) (refusals int, named map[string]bool) {
 // not: only on a host of the tests' own are all of them the stack's.
 func listeners(t *testing.T, d *stacktest.Daemon) (n int) {
 	t.Helper()
-	account, err := user.Lookup(d.User())
-	assert.NilError(t, err)
-	files := []string{"tcp", "tcp6"}
-	if os.Getuid() == 0 {
-		files = append(files, "udp", "udp6")
-	}
-	for _, file := range files {
-		sockets, err := os.ReadFile("/proc/net/" + file)
-		assert.NilError(t, err)
-		for line := range strings.Lines(string(sockets)) {
-			const listen = "0A" // include/net/tcp_states.h
-			f := strings.Fields(line)
-			if len(f) > 7 && f[7] == account.Uid && (f[3] == listen || strings.HasPrefix(file, "udp")) {
-				n++
-			}
+	for _, s := range stacktest.Sockets(t) {
+		if s.UID == d.UID() && (os.Getuid() == 0 || strings.HasPrefix(s.Network, "tcp")) {
+			n++
 		}
 	}
 	return n
@@ -360,18 +341,9 @@ func listeners(t *testing.T, d *stacktest.Daemon) (n int) {
 
 func rss(t *testing.T, pid int) (kib int) {
 	t.Helper()
-	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	p, err := procfs.NewProc(pid)
 	assert.NilError(t, err)
-	_, rest, ok := strings.Cut(string(status), "\nVmRSS:")
-	assert.Assert(t, ok)
-	_, err = fmt.Sscan(rest, &kib)
+	stat, err := p.Stat()
 	assert.NilError(t, err)
-	return kib
-}
-
-func descriptors(t *testing.T, pid int) int {
-	t.Helper()
-	entries, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid))
-	assert.NilError(t, err)
-	return len(entries)
+	return stat.ResidentMemory() >> 10
 }

@@ -11,14 +11,12 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"net"
 	"net/http"
 	"net/netip"
 	"os"
 	"os/exec"
 	"os/signal"
 	"path/filepath"
-	"regexp"
 	"runtime"
 	"slices"
 	"strconv"
@@ -161,6 +159,7 @@ func StartAs(t *testing.T, asUser, dockerd string, o stack.Options) *Daemon {
 		dockerd = name
 	}
 	o.Dockerd = filepath.Join(o.Bin, dockerd)
+	o.Args = append([]string{"--log-format", "json"}, o.Args...) // see ReadLog
 	o.Log = checkout.Log(root, "test", strings.ReplaceAll(t.Name(), "/", "-")+"-"+s.User()+".log")
 	t.Cleanup(func() {
 		purge(t, s)
@@ -352,16 +351,4 @@ func WriteText(t *testing.T, name, text string) {
 	dir := checkout.Results(root)
 	assert.NilError(t, os.MkdirAll(dir, 0o755))
 	assert.NilError(t, os.WriteFile(filepath.Join(dir, name), []byte(strings.TrimRight(text, "\n")+"\n"), 0o644))
-}
-
-var lostLine = regexp.MustCompile(`level=warning msg="RootlessKit's answer was lost.* hostIP="?([^" ]+)"? .*port=(\d+) proto=(\w+)`)
-
-// LostPort tells whether a line of the daemon's log is the one that names a host port which RootlessKit
-// may hold though nobody knows, and returns it, such as "[::1]:8080/tcp".
-func LostPort(line string) (hostPort string, ok bool) {
-	m := lostLine.FindStringSubmatch(line)
-	if m == nil {
-		return "", false
-	}
-	return net.JoinHostPort(m[1], m[2]) + "/" + m[3], true
 }
