@@ -99,9 +99,6 @@ func (s *Stack) up(ctx context.Context, op operation, o Options, log *os.File) (
 		if err := s.save(st); err != nil {
 			return errors.Join(err, os.RemoveAll(s.Dir)) // nobody would know whose it is
 		}
-		if err := log.Truncate(0); err != nil && !errors.Is(err, unix.EINVAL) { // /dev/null, say
-			return err
-		}
 	} else {
 		have, err := s.check(ctx, op, o)
 		if err != nil {
@@ -133,6 +130,11 @@ func (s *Stack) up(ctx context.Context, op operation, o Options, log *os.File) (
 		}
 	}()
 
+	if isNew {
+		if err := log.Truncate(0); err != nil && !errors.Is(err, unix.EINVAL) { // /dev/null, say
+			return err
+		}
+	}
 	for _, d := range []string{s.homeDir(), s.tmpDir(), s.runtimeDir()} {
 		if err := os.Mkdir(d, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
 			return err

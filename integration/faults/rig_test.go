@@ -15,7 +15,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/rootless-containers/rootlesskit/v3/pkg/api/client"
 	"gotest.tools/v3/assert"
 	"gotest.tools/v3/poll"
 
@@ -28,7 +27,6 @@ import (
 type rig struct {
 	d          *stacktest.Daemon
 	proxy      *faultproxy.Proxy
-	rlk        client.Client // not through the proxy
 	docker     *http.Client
 	containers int // started so far
 	faults     int // injected so far
@@ -70,9 +68,6 @@ func start(t *testing.T) *rig {
 		proxy:    proxy,
 		reserved: map[int]bool{},
 	}
-	r.rlk, err = client.New(s.RootlessKitSocket())
-	assert.NilError(t, err)
-	t.Cleanup(func() { r.rlk.Close() })
 	r.docker = stacktest.HTTP(s)
 	r.own = listeners(t, r.d.Stack)
 
@@ -143,10 +138,8 @@ func compare(a, b binding) int {
 // ports is RootlessKit's own list.
 func (r *rig) ports(t *testing.T) []binding {
 	t.Helper()
-	list, err := r.rlk.PortManager().ListPorts(t.Context())
-	assert.NilError(t, err)
 	var ports []binding
-	for _, st := range list {
+	for _, st := range stacktest.Exposed(t, r.d.Stack) { // not through the proxy
 		ports = append(ports, binding{st.Spec.Proto, st.Spec.ParentIP, st.Spec.ParentPort})
 	}
 	slices.SortFunc(ports, compare)

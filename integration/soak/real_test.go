@@ -21,7 +21,6 @@ import (
 	"github.com/moby/moby/api/types/network"
 	"github.com/moby/moby/client"
 	"github.com/prometheus/procfs"
-	rlkclient "github.com/rootless-containers/rootlesskit/v3/pkg/api/client"
 	"github.com/rootless-containers/rootlesskit/v3/pkg/port"
 	"gotest.tools/v3/assert"
 
@@ -65,9 +64,6 @@ func TestSoak(t *testing.T) {
 	ctx, stop := signal.NotifyContext(t.Context(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	s := soak{t: t, ctx: ctx, d: d, proxy: proxy, begun: time.Now()}
-	s.rlk, err = rlkclient.New(socket)
-	assert.NilError(t, err)
-	defer s.rlk.Close()
 	random := rand.New(rand.NewPCG(1, 2))
 	proxy.Inject(func(faultproxy.Call) faultproxy.Fault {
 		if random.Float64() >= faultShare {
@@ -126,7 +122,6 @@ type soak struct {
 	ctx   context.Context // ends when the soak is interrupted
 	d     *stacktest.Daemon
 	proxy *faultproxy.Proxy
-	rlk   rlkclient.Client // not through the proxy
 	begun time.Time
 	alien int // listeners that are not those of published ports
 	peak  int // the most listeners that there were at once
@@ -280,9 +275,7 @@ func (s *soak) sample() Sample {
 	}
 	var named map[string]bool
 	sample.Refusals, named = readLog(t, s.d)
-	ports, err := s.rlk.PortManager().ListPorts(ctx)
-	assert.NilError(t, err)
-	for _, p := range ports {
+	for _, p := range stacktest.Exposed(t, s.d.Stack) { // not through the proxy
 		if named[hostPortOf(p.Spec)] && (os.Getuid() == 0 || strings.HasPrefix(p.Spec.Proto, "tcp")) { // as listeners does
 			sample.Named++
 		}

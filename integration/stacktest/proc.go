@@ -11,9 +11,13 @@ import (
 	"testing"
 
 	"github.com/prometheus/procfs"
+	"github.com/rootless-containers/rootlesskit/v3/pkg/api/client"
+	"github.com/rootless-containers/rootlesskit/v3/pkg/port"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 	"gotest.tools/v3/assert"
+
+	"berth/hack/stack"
 )
 
 // Socket is one that can be reached from elsewhere: it listens for TCP, or is of UDP.
@@ -69,6 +73,17 @@ func SocketsOf(t testing.TB, pid int) (list []Socket) {
 			list = append(list, s)
 		}
 	}
+	return list
+}
+
+// Exposed is what the stack's RootlessKit says it forwards.
+func Exposed(t testing.TB, s *stack.Stack) []port.Status {
+	t.Helper()
+	c, err := client.New(s.RootlessKitSocket())
+	assert.NilError(t, err)
+	defer c.Close()
+	list, err := c.PortManager().ListPorts(t.Context())
+	assert.NilError(t, err)
 	return list
 }
 
