@@ -5,6 +5,7 @@ package command
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -70,7 +71,7 @@ func at(t *testing.T, name string) *stack.Stack {
 func (u *user) purgeAfter(t *testing.T, name string) {
 	s := at(t, name)
 	t.Cleanup(func() {
-		_, err := s.Purge(t.Context(), stack.Options{Checkout: u.root})
+		_, err := s.Purge(context.Background(), stack.Options{Checkout: u.root})
 		assert.Check(t, err)
 		_, err = os.Lstat(filepath.Join("/var/lib/berth", s.User(), filepath.Base(s.Dir)))
 		assert.Check(t, errors.Is(err, os.ErrNotExist), "%v", err)
@@ -270,7 +271,7 @@ func TestDocumentedLines(t *testing.T) {
 	assert.Assert(t, status.Up && status.Patched && !status.Differs && status.Dockerd.PID > 0, "%+v", status)
 	do("berth logs", "API listen on")
 	tried["berth logs -f"] = true
-	follow := u.start(t, "berth", "logs", "-f")
+	follow := u.start(t, checkout.Bin(u.root, "berth"), "logs", "-f")
 	waitFor(t, "the log", func() bool { return strings.Contains(follow.stdout.text(), "API listen on") })
 	assert.NilError(t, follow.Process.Signal(unix.SIGINT))
 	assert.Equal(t, follow.wait(t).status, 0)
@@ -343,7 +344,7 @@ func TestCtrlC(t *testing.T) {
 	s := at(t, "ctrl-c")
 	for _, stage := range []string{"", "home", "run/dockerd-rootless", "run/docker.pid", "run/docker/containerd/containerd.sock"} {
 		t.Run(stage, func(t *testing.T) {
-			up := u.start(t, "berth", "up", "--name", "ctrl-c")
+			up := u.start(t, checkout.Bin(u.root, "berth"), "up", "--name", "ctrl-c")
 			waitFor(t, stage, func() bool {
 				_, err := os.Lstat(filepath.Join(s.Dir, stage))
 				return err == nil

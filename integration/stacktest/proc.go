@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"strings"
 	"testing"
 
 	"github.com/prometheus/procfs"
@@ -118,7 +119,7 @@ func (l LogLine) HostPort() string {
 
 // IsLost tells whether the line is the one that names a host port which RootlessKit may hold though nobody knows.
 func (l LogLine) IsLost() bool {
-	return l.Level == "warning" && l.Message == "RootlessKit's answer was lost: it may hold the host port"
+	return l.Level == "warning" && strings.HasPrefix(l.Message, "RootlessKit's answer was lost")
 }
 
 // ReadLog returns what the daemon has said since its log was as long as from.
