@@ -10,6 +10,7 @@ import (
 	"os"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/prometheus/procfs"
 	"github.com/rootless-containers/rootlesskit/v3/pkg/api/client"
@@ -101,11 +102,11 @@ func Descriptors(t testing.TB, pid int) []string {
 
 // LogLine is what a dockerd has said.
 type LogLine struct {
-	Level    string `json:"level"`
-	Message  string `json:"msg"`
-	Error    string `json:"error"`
-	Attempts int    `json:"attempts"`
-	Duration string `json:"duration"`
+	Level    string        `json:"level"`
+	Message  string        `json:"msg"`
+	Error    string        `json:"error"`
+	Attempts int           `json:"attempts"`
+	Duration time.Duration `json:"duration"`
 
 	HostIP string `json:"hostIP"`
 	Port   int    `json:"port"`
@@ -133,9 +134,10 @@ func (d *Daemon) ReadLog(t testing.TB, from int64) (said []LogLine) {
 	lines := bufio.NewScanner(f)
 	lines.Buffer(nil, 1<<20)
 	for lines.Scan() {
-		// RootlessKit and others write there, too.
+		// RootlessKit and others write there, too, and other lines of dockerd have fields of these names that are something else.
 		var l LogLine
-		if json.Unmarshal(lines.Bytes(), &l) == nil && l.Message != "" {
+		_ = json.Unmarshal(lines.Bytes(), &l)
+		if l.Message != "" {
 			said = append(said, l)
 		}
 	}

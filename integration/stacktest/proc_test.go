@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"slices"
 	"testing"
+	"time"
 
 	"gotest.tools/v3/assert"
 )
@@ -36,9 +37,12 @@ func TestReadLogIsOfTheDaemonAlone(t *testing.T) {
 	const skipped = `{"level":"warning","msg":"earlier"}` + "\n"
 	const lost = `{"error":"EOF","hostIP":"::1","level":"warning","msg":"RootlessKit's answer was lost: it may hold the host port","port":8080,"proto":"tcp","time":"2026-01-01T00:00:00Z"}`
 	d := Daemon{Log: filepath.Join(t.TempDir(), "log")}
-	assert.NilError(t, os.WriteFile(d.Log, []byte(skipped+"net.ipv4.ip_forward = 1\n"+lost+"\ntime=\"2026\" level=info\n{}\n"), 0o600))
+	const searched = `{"attempts":3,"duration":1500000,"level":"info","msg":"Published","port":"32768"}`
+	assert.NilError(t, os.WriteFile(d.Log, []byte(skipped+"net.ipv4.ip_forward = 1\n"+lost+"\n"+searched+"\ntime=\"2026\" level=info\n{}\n"), 0o600))
 	said := d.ReadLog(t, int64(len(skipped)))
-	assert.Equal(t, len(said), 1, "%+v", said)
+	assert.Equal(t, len(said), 2, "%+v", said)
+	assert.Equal(t, said[1].Duration, 1500*time.Microsecond)
+	assert.Equal(t, said[1].Attempts, 3)
 	assert.Assert(t, said[0].IsLost())
 	assert.Equal(t, said[0].HostPort(), "[::1]:8080/tcp")
 }
