@@ -7,23 +7,28 @@ import (
 	"time"
 )
 
-// Every is how long it is quiet at most.
-const Every = 2 * time.Second
+const (
+	// Every is how long it is quiet at most.
+	Every = 2 * time.Second
+	// first is less, since what came before may have been quiet, too.
+	first = Every / 2
+)
 
-// Start says what is being done, and for how long already, each time that it has taken Every more, until done is called; the
-// writer is not used after that.
+// Start says what is being done, and for how long already, now and then until done is called; the writer is not used after
+// that.
 func Start(out io.Writer, what string) (done func()) {
 	stop, stopped := make(chan struct{}), make(chan struct{})
 	begun := time.Now()
 	go func() {
 		defer close(stopped)
-		tick := time.NewTicker(Every)
+		tick := time.NewTicker(first)
 		defer tick.Stop()
 		for {
 			select {
 			case <-stop:
 				return
 			case <-tick.C:
+				tick.Reset(Every)
 				fmt.Fprintf(out, "%s (%v)\n", what, time.Since(begun).Round(time.Second))
 			}
 		}

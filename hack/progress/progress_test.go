@@ -13,8 +13,8 @@ func TestQuietForTwoSecondsAtMost(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var out bytes.Buffer
 		done := Start(&out, "waiting")
-		time.Sleep(5 * time.Second)
+		time.Sleep(4 * time.Second)
 		done()
-		assert.Equal(t, out.String(), "waiting (2s)\nwaiting (4s)\n")
+		assert.Equal(t, out.String(), "waiting (1s)\nwaiting (3s)\n")
 	})
 }

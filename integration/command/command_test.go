@@ -104,22 +104,33 @@ func (u *user) sh(t *testing.T, line string) ran {
 type running struct {
 	*exec.Cmd
 	stdout, stderr heard
+	clock          clock
 	ended          chan error
 }
 
-// heard is what a command has printed, and when last.
+// clock has when a command has printed something last, and the longest that it has not.
+type clock struct {
+	mu   sync.Mutex
+	last time.Time
+	most time.Duration
+}
+
+func (c *clock) tick() {
+	now := time.Now()
+	c.most = max(c.most, now.Sub(c.last))
+	c.last = now
+}
+
+// heard is what a command has printed.
 type heard struct {
-	mu        sync.Mutex
-	printed   bytes.Buffer
-	gap, last time.Duration
-	begun     time.Time
+	*clock
+	printed bytes.Buffer
 }
 
 func (h *heard) Write(p []byte) (int, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	now := time.Since(h.begun)
-	h.gap, h.last = max(h.gap, now-h.last), now
+	h.tick()
 	return h.printed.Write(p)
 }
 
@@ -132,7 +143,8 @@ func (h *heard) text() string {
 func (u *user) start(t *testing.T, name string, args ...string) *running {
 	t.Helper()
 	r := &running{Cmd: exec.Command(name, args...), ended: make(chan error, 1)}
-	r.stdout.begun, r.stderr.begun = time.Now(), time.Now()
+	r.clock.last = time.Now()
+	r.stdout.clock, r.stderr.clock = &r.clock, &r.clock
 	r.Env, r.Dir = u.env, u.root
 	r.Stdout, r.Stderr = &r.stdout, &r.stderr
 	assert.NilError(t, r.Start())
@@ -151,9 +163,8 @@ func (r *running) wait(t *testing.T) ran {
 		r.Process.Kill()
 		t.Fatalf("%q does not end: %s%s", r.Args, r.stdout.text(), r.stderr.text())
 	}
-	total := time.Since(r.stdout.begun)
-	quiet := min(max(r.stdout.gap, total-r.stdout.last), max(r.stderr.gap, total-r.stderr.last))
-	assert.Check(t, quiet < quietLimit, "%q said nothing for %v: %s", r.Args, quiet, r.stderr.text())
+	r.clock.tick() // nobody writes any more
+	assert.Check(t, r.clock.most < quietLimit, "%q said nothing for %v: %s", r.Args, r.clock.most, r.stderr.text())
 	return ran{r.stdout.text(), r.stderr.text(), r.ProcessState.ExitCode()}
 }
 
