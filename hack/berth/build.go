@@ -1,6 +1,8 @@
 package main
 
 import (
+	"errors"
+
 	"github.com/spf13/cobra"
 
 	"berth/hack/build"
@@ -30,7 +32,11 @@ this takes as long as everything else.`,
 			if race {
 				names = append(names, build.Race)
 			}
-			return build.Run(cmd.Context(), root, cmd.OutOrStdout(), names)
+			err = build.Run(cmd.Context(), root, cmd.OutOrStdout(), names)
+			if errors.Is(err, build.ErrNoComponent) {
+				return misuse(cmd, err)
+			}
+			return err
 		},
 	}
 	cmd.Flags().BoolVar(&race, "race", false, "build dockerd-race, and else only what is named")

@@ -3,23 +3,56 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/signal"
+	"path/filepath"
+	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
+
+	"berth/hack/build"
+	"berth/hack/checkout"
+	"berth/hack/pins"
 )
+
+// Exit statuses.
+const (
+	failed   = 1
+	misused  = 2
+	notShown = 3
+)
+
+// exitError is an error with an exit status of its own.
+type exitError struct {
+	error
+	status int
+}
+
+func (e exitError) Unwrap() error { return e.error }
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 	defer stop()
 	// A second Ctrl-C is not caught any more: it ends a clean-up that hangs.
 	context.AfterFunc(ctx, stop)
-	if err := newRootCommand().ExecuteContext(ctx); err != nil {
-		fmt.Fprintln(os.Stderr, "berth:", err)
-		os.Exit(1)
+	os.Exit(run(ctx, newRootCommand(), os.Stderr))
+}
+
+// run runs the command and returns its exit status.
+func run(ctx context.Context, cmd *cobra.Command, stderr io.Writer) int {
+	err := cmd.ExecuteContext(ctx)
+	if err == nil {
+		return 0
 	}
+	fmt.Fprintln(stderr, "berth:", err)
+	if e, ok := errors.AsType[exitError](err); ok {
+		return e.status
+	}
+	return failed
 }
 
 func newRootCommand() *cobra.Command {
@@ -28,20 +61,97 @@ func newRootCommand() *cobra.Command {
 		Short: "Docker's rootless daemon, patched to find a free host port whenever there is one",
 		Long: `Berth is a patch set for Docker's rootless daemon: a container that asks for any free
 host port gets one whenever the host has one. This command builds the patched daemon and
-all that a rootless Docker needs beside it.`,
-		Args:              cobra.NoArgs,
-		SilenceErrors:     true, // main prints them, once
+all that a rootless Docker needs beside it, and runs it.
+
+Exit status: 0 done, 1 failed, 2 used wrongly, 3 done, but it showed something else than is
+claimed (stress).`,
+		Args:              unknownCommand,
+		SilenceErrors:     true, // run prints them, once
 		SilenceUsage:      true,
 		CompletionOptions: cobra.CompletionOptions{HiddenDefaultCmd: true},
+	}
+	version := cmd.Flags().Bool("version", false, "print the version")
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		if !*version {
+			return cmd.Help()
+		}
+		v, err := ownVersion(cmd.Context())
+		if err == nil {
+			fmt.Fprintln(cmd.OutOrStdout(), "berth", v)
+		}
+		return err
 	}
 	cmd.AddCommand(
 		newBuildCommand(),
 		newUpCommand(),
 		newDownCommand(),
+		newRestartCommand(),
+		newStatusCommand(),
+		newLogsCommand(),
 		newEnvCommand(),
 		newStressCommand(),
 		newInstallCommand(),
 		newUninstallCommand(),
 	)
+	cmd.SetFlagErrorFunc(misuse)
+	cmd.PersistentPreRunE = func(cmd *cobra.Command, _ []string) error { return misuse(cmd, cmd.ValidateFlagGroups()) }
+	for _, sub := range cmd.Commands() {
+		if args := sub.Args; args != nil {
+			sub.Args = func(cmd *cobra.Command, given []string) error { return misuse(cmd, args(cmd, given)) }
+		}
+	}
 	return cmd
+}
+
+// misuse makes err, if any, one about how the command was called.
+func misuse(cmd *cobra.Command, err error) error {
+	if err == nil {
+		return nil
+	}
+	return exitError{fmt.Errorf("%w\nsee `%s --help`", err, cmd.CommandPath()), misused}
+}
+
+// unknownCommand is for the arguments that no command has taken.
+func unknownCommand(cmd *cobra.Command, args []string) error {
+	if len(args) == 0 {
+		return nil
+	}
+	err := fmt.Errorf("there is no command %q", args[0])
+	if like := cmd.SuggestionsFor(args[0]); len(like) > 0 {
+		err = fmt.Errorf("%w: is it %s?", err, strings.Join(like, " or "))
+	}
+	return misuse(cmd, err)
+}
+
+// noArguments is cobra.NoArgs, in words that fit: what it refuses is no command.
+func noArguments(_ *cobra.Command, args []string) error {
+	if len(args) == 0 {
+		return nil
+	}
+	return fmt.Errorf("unexpected argument %q", args[0])
+}
+
+// ownVersion is that of the daemon that is beside this command, or is built by it.
+func ownVersion(ctx context.Context) (string, error) {
+	if exe, err := os.Executable(); err == nil {
+		if exe, err = filepath.EvalSymlinks(exe); err == nil {
+			if v, err := build.Version(ctx, filepath.Join(filepath.Dir(exe), "dockerd")); err == nil {
+				return v, nil
+			}
+		}
+	}
+	root, err := checkout.Root()
+	if err != nil {
+		return "", err
+	}
+	list, err := pins.Load(filepath.Join(root, "vendor.conf"))
+	if err != nil {
+		return "", err
+	}
+	for _, pin := range list {
+		if pin.Patch != 0 {
+			return fmt.Sprintf("%s+berth.%d", pin.Release, pin.Patch), nil
+		}
+	}
+	return "", errors.New("vendor.conf has no base")
 }

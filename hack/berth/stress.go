@@ -5,12 +5,15 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"path/filepath"
 	"time"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"berth/hack/checkout"
+	"berth/hack/progress"
 	"berth/hack/stack"
 	"berth/integration/hostload"
 	"berth/integration/stress"
@@ -34,15 +37,26 @@ func newStressCommand() *cobra.Command {
 		Long: fmt.Sprintf(`Run hack/stress.sh against a stack with upstream's daemon, then against one with the
 patched daemon, while another process holds %d of the first %d dynamic host ports and
 releases one and takes another every %v. Prints what came of it, and exits 0 only
-if Berth published every container and stock failed some: otherwise nothing is shown.`, loadHold, loadOf, loadChurn),
-		Args: cobra.NoArgs,
+if Berth published every container and stock failed some, with 3 if not: then nothing is
+shown.`, loadHold, loadOf, loadChurn),
+		Example: `  berth stress -n 40`,
+		Args:    noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			root, err := checkout.Root()
+			if starts < 1 || atOnce < 1 {
+				return misuse(cmd, errors.New("want at least one start, and one at a time"))
+			}
+			s, from, err := at(cmd, "stress")
 			if err != nil {
 				return err
 			}
-			o.Bin = checkout.Bin(root)
-			run := stressRun{root: root, options: o, starts: starts, atOnce: atOnce, out: cmd.OutOrStdout(), err: cmd.ErrOrStderr()}
+			root := from.Checkout
+			o.Checkout, o.Bin, o.Progress = root, from.Bin, from.Progress
+			unlock, err := lockStress(s)
+			if err != nil {
+				return err
+			}
+			defer unlock()
+			run := stressRun{stack: s, root: root, options: o, starts: starts, atOnce: atOnce, out: cmd.OutOrStdout(), err: cmd.ErrOrStderr()}
 			stock, err := run.run(cmd.Context(), "stock", stockDockerd(root))
 			if err != nil {
 				return fmt.Errorf("stress with stock: %w", err)
@@ -55,17 +69,33 @@ if Berth published every container and stock failed some: otherwise nothing is s
 			stress.PrintTable(run.out, stock, berth)
 			fmt.Fprintf(run.out, "Berth to stock: %.2f x the starts per second, %.2f x those that were published (failing is quick)\n",
 				berth.PerSecond(berth.Starts)/stock.PerSecond(stock.Starts), berth.PerSecond(berth.Published)/stock.PerSecond(stock.Published))
-			return verdict(stock, berth)
+			if err := verdict(stock, berth); err != nil {
+				return exitError{err, notShown}
+			}
+			return nil
 		},
 	}
 	cmd.Flags().IntVarP(&starts, "starts", "n", 80, "how many containers to start")
 	cmd.Flags().IntVarP(&atOnce, "at-once", "c", 8, "how many at a time")
-	stackFlags(cmd.Flags(), &o)
+	driverFlags(cmd.Flags(), &o)
 	return cmd
+}
+
+// lockStress keeps a second stress away: the stack is one, and so is the host that they would load. The lock ends with this process.
+func lockStress(s *stack.Stack) (unlock func(), _ error) {
+	l, err := net.Listen("unix", fmt.Sprintf("@berth-stress-%d", s.UID()))
+	if errors.Is(err, unix.EADDRINUSE) {
+		return nil, fmt.Errorf("another `berth stress` is running as user %s: wait for its end", s.User())
+	}
+	if err != nil {
+		return nil, err
+	}
+	return func() { l.Close() }, nil
 }
 
 // stressRun is what both daemons' runs have in common.
 type stressRun struct {
+	stack          *stack.Stack
 	root           string
 	options        stack.Options
 	starts, atOnce int
@@ -75,23 +105,23 @@ type stressRun struct {
 // run brings a stack up with the daemon, runs stress.sh under the host load, and takes
 // the stack down.
 func (r stressRun) run(ctx context.Context, name, dockerd string) (_ stress.Result, retErr error) {
-	s, err := stack.At("stress")
-	if err != nil {
-		return stress.Result{}, err
-	}
+	s := r.stack
+	o := r.options
 	// A run that was killed may have left its stack.
-	if err := s.Down(ctx); err != nil {
+	if _, err := s.Purge(ctx, o); err != nil {
 		return stress.Result{}, err
 	}
 	fmt.Fprintf(r.out, "\n%s: %d starts, %d at a time, %d of the first %d dynamic host ports held\n", name, r.starts, r.atOnce, loadHold, loadOf)
-	o := r.options
 	o.Dockerd = dockerd
 	o.Log = checkout.Log(r.root, "stress-"+filepath.Base(dockerd)+".log")
-	o.Progress = r.err
 	if err := s.Up(ctx, o); err != nil {
 		return stress.Result{}, err
 	}
-	defer func() { retErr = errors.Join(retErr, s.Down(ctx)) }()
+	defer func() {
+		_, err := s.Purge(ctx, o)
+		retErr = errors.Join(retErr, err)
+	}()
+	defer progress.Start(r.err, name+": starting containers")()
 	daemon, err := s.Client()
 	if err != nil {
 		return stress.Result{}, err

@@ -21,6 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"berth/hack/pins"
+	"berth/hack/progress"
 	"berth/hack/tree"
 )
 
@@ -80,6 +81,22 @@ func run(ctx context.Context, root string, out io.Writer, names []string) error 
 	}
 	return nil
 }
+
+// Version is what a dockerd says of itself, such as 29.8.0+berth.1.
+func Version(ctx context.Context, dockerd string) (string, error) {
+	out, err := output(ctx, filepath.Dir(dockerd), dockerd, "--version")
+	if err != nil {
+		return "", err
+	}
+	words := strings.Fields(strings.ReplaceAll(out, ",", " ")) // Docker version V, build C
+	if len(words) < 3 {
+		return "", fmt.Errorf("%s --version: %q", dockerd, out)
+	}
+	return words[2], nil
+}
+
+// ErrNoComponent is what a name is that vendor.conf does not have.
+var ErrNoComponent = errors.New("no component")
 
 // component is one file of build/bin.
 type component struct {
@@ -142,7 +159,7 @@ func choose(all []component, names []string) ([]component, error) {
 			for _, c := range all {
 				known = append(known, c.name)
 			}
-			return nil, fmt.Errorf("no component %q: there are %s", name, strings.Join(known, ", "))
+			return nil, fmt.Errorf("%w %q: there are %s", ErrNoComponent, name, strings.Join(known, ", "))
 		}
 	}
 	return chosen, nil
@@ -243,7 +260,7 @@ func dots(out io.Writer) (quiet func()) {
 	stop, done := make(chan struct{}), make(chan struct{})
 	go func() {
 		defer close(done)
-		tick := time.NewTicker(10 * time.Second)
+		tick := time.NewTicker(progress.Every)
 		defer tick.Stop()
 		for {
 			select {

@@ -1,77 +1,35 @@
 package stack
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
 	"os"
-	"os/user"
 	"path/filepath"
-	"strconv"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"berth/hack/progress"
 )
 
-// DefaultUser is whose stacks root runs. hack/deps.sh makes it.
-const DefaultUser = "berth"
+const systemPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
-// account is the user that a stack runs as.
-type account struct {
-	name     string
-	home     string
-	uid, gid int
-}
-
-// stackAccount returns our own account or, when we are root, the one of that name.
-func stackAccount(name string) (account, error) {
-	if uid := os.Getuid(); uid != 0 {
-		home, err := os.UserHomeDir()
-		if err != nil {
-			return account{}, err
-		}
-		name := strconv.Itoa(uid)
-		if u, err := user.Current(); err == nil {
-			name = u.Username
-		}
-		return account{name: name, home: home, uid: uid, gid: os.Getgid()}, nil
-	}
-	u, err := user.Lookup(name)
-	if err != nil {
-		return account{}, fmt.Errorf("root's stacks run as the user %s: %w: make it with hack/deps.sh", name, err)
-	}
-	uid, err := strconv.Atoi(u.Uid)
-	if err != nil {
-		return account{}, err
-	}
-	gid, err := strconv.Atoi(u.Gid)
-	if err != nil {
-		return account{}, err
-	}
-	return account{name: u.Username, home: u.HomeDir, uid: uid, gid: gid}, nil
-}
-
-// install makes the stack's folders, and puts into its own bin folder what it runs. That
-// folder is how its processes are known later, and it can be read by the stack's user.
-func (s *Stack) install(o Options) error {
-	// A umask must not keep the stack's user out, when that is another than ours.
-	if err := os.Chmod(s.Dir, 0o755); err != nil {
+// install puts what the stack runs into its own bin folder, where its user can read it, wherever it came from. A program that
+// runs keeps its old file.
+func (s *Stack) install(ctx context.Context, o Options) error {
+	done := progress.Start(o.Progress, "copying the stack's programs to "+s.bin)
+	defer done()
+	if err := os.MkdirAll(s.bin, 0o755); err != nil {
 		return err
-	}
-	if err := os.Mkdir(s.binDir(), 0o755); err != nil {
-		return err
-	}
-	if err := os.Chmod(s.binDir(), 0o755); err != nil {
-		return err
-	}
-	for _, d := range []string{s.homeDir(), s.tmpDir(), s.runtimeDir()} {
-		if err := os.Mkdir(d, 0o700); err != nil {
-			return err
-		}
-		if err := os.Lchown(d, s.account.uid, s.account.gid); err != nil {
-			return err
-		}
 	}
 	put := func(name, from string) error {
-		err := place(from, filepath.Join(s.binDir(), name))
+		if err := ctx.Err(); err != nil {
+			return context.Cause(ctx)
+		}
+		err := place(from, filepath.Join(s.bin, name))
 		if errors.Is(err, fs.ErrNotExist) && filepath.Dir(from) == filepath.Clean(o.Bin) {
 			err = fmt.Errorf("%w: `berth build` makes what a stack runs, `berth build %s` this alone", err, filepath.Base(from))
 		}
@@ -96,40 +54,100 @@ func (s *Stack) install(o Options) error {
 	return nil
 }
 
-// place makes the program from appear at to, readable for everyone: as a link where that
-// does, since a stack's programs are 250 MB, otherwise as a copy.
+// place makes the program from appear at to, readable for everyone, in one step: as a link where that does, since a stack's
+// programs are 250 MB, otherwise as a copy.
 func place(from, to string) error {
 	from, err := filepath.EvalSymlinks(from)
 	if err != nil {
 		return err
-	}
-	info, err := os.Stat(from)
-	if err != nil {
-		return err
-	}
-	if !info.Mode().IsRegular() || info.Mode()&0o111 == 0 {
-		return fmt.Errorf("%s is not a program", from)
-	}
-	// Not a link to a file that only its owner can run; nor across file systems, nor (as
-	// fs.protected_hardlinks wants it) to someone else's file: then Link fails.
-	if info.Mode().Perm()&0o005 == 0o005 && os.Link(from, to) == nil {
-		return nil
 	}
 	src, err := os.Open(from)
 	if err != nil {
 		return err
 	}
 	defer src.Close()
-	dst, err := os.OpenFile(to, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o755)
+	info, err := src.Stat()
+	if err != nil {
+		return err
+	}
+	if !info.Mode().IsRegular() || info.Mode()&0o111 == 0 {
+		return fmt.Errorf("%s is not a program", from)
+	}
+	if have, err := os.Stat(to); err == nil && os.SameFile(have, info) {
+		return nil
+	}
+	tmp := to + ".tmp"
+	if err := os.Remove(tmp); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	// Not a link to a file that only its owner can run, or that others can write; nor across file systems: then Link fails.
+	ours := info.Sys().(*syscall.Stat_t).Uid == uint32(os.Geteuid())
+	if ours && info.Mode().Perm()&0o027 == 0o005 && os.Link(from, tmp) == nil {
+		return os.Rename(tmp, to)
+	}
+	dst, err := os.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o755)
 	if err != nil {
 		return err
 	}
 	_, err = io.Copy(dst, src)
-	if err := dst.Chmod(0o755); err != nil {
-		return err
+	err = errors.Join(err, dst.Chmod(0o755), dst.Close()) // whatever the umask
+	if err == nil {
+		err = os.Rename(tmp, to)
 	}
-	if closeErr := dst.Close(); err == nil {
-		err = closeErr
+	if err != nil {
+		os.Remove(tmp)
 	}
 	return err
+}
+
+// lockForRoot keeps other processes of root from the stack's programs, which are not in its directory.
+func (s *Stack) lockForRoot() (unlock func(), _ error) {
+	if os.Getuid() != 0 {
+		return func() {}, nil
+	}
+	if err := os.MkdirAll(filepath.Dir(s.bin), 0o755); err != nil {
+		return nil, err
+	}
+	release, err := lock(s.bin)
+	if err != nil {
+		return nil, err
+	}
+	return func() {
+		// If nothing is in them.
+		for _, dir := range []string{s.bin, filepath.Dir(s.bin), forRoot} {
+			if os.Remove(dir) != nil {
+				break
+			}
+		}
+		release()
+	}, nil
+}
+
+// lock makes the directory if need be, and keeps others from it. The lock is on the directory itself, so that it goes with it.
+func lock(dir string) (unlock func(), _ error) {
+	if err := os.Mkdir(dir, 0o755); err != nil && !errors.Is(err, os.ErrExist) {
+		return nil, err
+	}
+	d, err := os.OpenFile(dir, os.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
+	if err != nil {
+		return nil, err
+	}
+	err = unix.Flock(int(d.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	if err == nil {
+		// The one who had it may have removed the directory.
+		var held, now os.FileInfo
+		if held, err = d.Stat(); err == nil {
+			if now, err = os.Lstat(dir); err == nil && os.SameFile(held, now) {
+				return func() { d.Close() }, nil
+			}
+		}
+		if err == nil || errors.Is(err, os.ErrNotExist) {
+			err = unix.EWOULDBLOCK
+		}
+	}
+	d.Close()
+	if errors.Is(err, unix.EWOULDBLOCK) {
+		return nil, fmt.Errorf("the stack at %s is being started or stopped: wait for that and try again", dir)
+	}
+	return nil, fmt.Errorf("lock %s: %w", dir, err)
 }

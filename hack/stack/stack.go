@@ -1,10 +1,10 @@
-// Package stack starts and stops one real rootless stack: RootlessKit and a dockerd,
-// through upstream's dockerd-rootless.sh, as an ordinary user.
+// Package stack runs one real rootless stack: RootlessKit and a dockerd, through upstream's dockerd-rootless.sh, as an
+// ordinary user.
 //
-// The stack belongs to the current user or, when that is root (dockerd-rootless.sh
-// refuses root), to another one. Everything it makes, and a copy of all it runs,
-// lies beneath one directory in that user's home, so that it runs from a checkout which
-// the user cannot enter, and [Stack.Down] can remove it and show that nothing is left.
+// The stack belongs to the current user or, when that is root (dockerd-rootless.sh refuses root), to another one. Everything
+// it makes, and a copy of all it runs, lies beneath one directory in that user's home, so that it runs from a checkout which
+// the user cannot enter, and [Stack.Purge] can remove it and show that nothing is left. What root runs for another user lies
+// where root alone can write; everything in the user's home is done by a process of that user.
 package stack
 
 import (
@@ -12,27 +12,26 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"regexp"
-	"strconv"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/moby/moby/client"
 	"golang.org/x/sys/unix"
+
+	"berth/hack/progress"
 )
 
 const (
-	startTimeout = time.Minute     // upstream's daemon is up in 1-2 s on an idle machine
-	quietFor     = 2 * time.Second // Up says nothing when it takes no longer
-	pollInterval = 50 * time.Millisecond
-
 	// DefaultNet and DefaultPortDriver are inside the rootlesskit binary: they need no package.
 	DefaultNet        = "gvisor-tap-vsock"
 	DefaultPortDriver = "builtin"
+
+	// forRoot has the programs of the stacks that root runs, by user and directory.
+	forRoot = "/var/lib/berth"
 )
 
 // ErrUp is what [Stack.Up] returns when the stack's daemon answers already.
@@ -40,24 +39,27 @@ var ErrUp = errors.New("the stack is up already")
 
 // Options says what a stack is made of. Only Bin and Log are needed.
 type Options struct {
-	Bin         string // folder with rootlesskit, containerd, runc ... and dockerd
-	Dockerd     string // the daemon; Bin/dockerd by default
-	RootlessKit string // Bin/rootlesskit by default
-	Log         string // file for all the stack's output, truncated first; it stays after Down
+	Checkout    string `json:"checkout"`    // whose stack it is: nobody else's Up, Down or Purge touches it, until it is gone
+	Bin         string `json:"bin"`         // folder with rootlesskit, containerd, runc ... and dockerd
+	Dockerd     string `json:"dockerd"`     // the daemon; Bin/dockerd by default
+	RootlessKit string `json:"rootlesskit"` // Bin/rootlesskit by default
+	Log         string `json:"log"`         // file for all the stack's output; it stays after Purge, and a new stack begins it anew
 
-	Net           string // RootlessKit's network driver, DefaultNet by default
-	PortDriver    string // RootlessKit's port driver, DefaultPortDriver by default
-	NoDetachNetns bool   // dockerd's process is in the child namespace, as a whole
+	Net           string `json:"net"`             // RootlessKit's network driver, DefaultNet by default
+	PortDriver    string `json:"port_driver"`     // RootlessKit's port driver, DefaultPortDriver by default
+	NoDetachNetns bool   `json:"no_detach_netns"` // dockerd's process is in the child namespace, as a whole
 
+	Args []string `json:"args,omitempty"` // more arguments for dockerd
 	// Env has more variables for the stack's processes, NAME=value. They go before the stack's own.
-	Env []string
+	Env []string `json:"env,omitempty"`
 
-	Progress io.Writer // told what Up waits for when it takes more than 2 s; may be nil
+	Progress io.Writer `json:"-"` // told what takes more than 2 s; may be nil
 }
 
 // Stack is a place for a stack, whether one is up there or not.
 type Stack struct {
 	Dir     string // everything the stack makes lies beneath it
+	bin     string // what it runs
 	account account
 }
 
@@ -68,8 +70,8 @@ func At(name string) (*Stack, error) { return AtUser(name, DefaultUser) }
 // AtUser is [At] for root, with the user that the stack runs as. Anyone else's stacks
 // are their own.
 func AtUser(name, rootRunsAs string) (*Stack, error) {
-	if !regexp.MustCompile(`^[a-z0-9-]*$`).MatchString(name) {
-		return nil, fmt.Errorf("stack name %q: want lower case letters, digits and dashes", name)
+	if err := CheckName(name); err != nil {
+		return nil, err
 	}
 	a, err := stackAccount(rootRunsAs)
 	if err != nil {
@@ -79,12 +81,26 @@ func AtUser(name, rootRunsAs string) (*Stack, error) {
 	if name != "" {
 		dir += "-" + name
 	}
-	s := &Stack{Dir: filepath.Join(a.home, dir), account: a}
+	s := &Stack{Dir: filepath.Join(a.Home, dir), account: a}
+	s.bin = filepath.Join(s.Dir, "bin")
+	if os.Getuid() == 0 {
+		s.bin = filepath.Join(forRoot, a.Name, dir)
+	}
 	// The longest socket path that dockerd makes, and what sun_path takes (unix(7)).
 	if p := s.runtimeDir() + "/docker/containerd/containerd.sock.ttrpc"; len(p) > 107 {
 		return nil, fmt.Errorf("stack directory %s: its sockets' paths would be too long (%d bytes, at most 107): use a shorter HOME or name", s.Dir, len(p))
 	}
 	return s, nil
+}
+
+var names = regexp.MustCompile(`^[a-z0-9-]*$`)
+
+// CheckName tells whether a stack can be called so.
+func CheckName(name string) error {
+	if !names.MatchString(name) {
+		return fmt.Errorf("stack name %q: want lower case letters, digits and dashes", name)
+	}
+	return nil
 }
 
 // Host is the stack's DOCKER_HOST.
@@ -96,98 +112,114 @@ func (s *Stack) RootlessKitSocket() string {
 }
 
 // User is the name of the user that the stack runs as.
-func (s *Stack) User() string { return s.account.name }
+func (s *Stack) User() string { return s.account.Name }
 
-func (s *Stack) binDir() string     { return filepath.Join(s.Dir, "bin") }
+// UID is the user's.
+func (s *Stack) UID() int { return s.account.UID }
+
 func (s *Stack) homeDir() string    { return filepath.Join(s.Dir, "home") }
 func (s *Stack) tmpDir() string     { return filepath.Join(s.Dir, "tmp") }
 func (s *Stack) runtimeDir() string { return filepath.Join(s.Dir, "run") }
 func (s *Stack) socket() string     { return filepath.Join(s.runtimeDir(), "docker.sock") }
 
-// Up starts the stack and returns when its API answers, or [ErrUp] when one is up there
-// already. When the start fails, or ctx ends first, nothing of it stays but the log. The
-// stack lives in the network namespace of the calling thread, and outlives this process.
-func (s *Stack) Up(ctx context.Context, o Options) (retErr error) {
+// Up starts the stack and returns when its API answers, or [ErrUp] when one is up there already. What an earlier one has left
+// is used again: images, volumes, containers, of which those with a restart policy run again. When the start fails, or ctx
+// ends first, no process of it stays and nothing new but the log. The stack lives in the network namespace of the calling
+// thread, and outlives this process.
+func (s *Stack) Up(ctx context.Context, o Options) error { return s.start(ctx, opUp, o) }
+
+// Restart is [Stack.Up] for a stack that may run, as a whole or in part: what runs is stopped first, as by [Stack.Down].
+func (s *Stack) Restart(ctx context.Context, o Options) error { return s.start(ctx, opRestart, o) }
+
+func (s *Stack) start(ctx context.Context, op operation, o Options) (retErr error) {
 	o = o.withDefaults()
-	err := os.Mkdir(s.Dir, 0o755)
-	if err != nil && !errors.Is(err, os.ErrExist) {
-		return fmt.Errorf("make the stack's directory: %w", err)
-	}
-	made := err == nil
-	unlock, err := s.lock()
+	unlock, err := s.lockForRoot()
 	if err != nil {
 		return err
 	}
 	defer unlock()
-	if !made {
-		if s.Running(ctx) {
-			return ErrUp
-		}
-		return fmt.Errorf("%s is left from a stack that does not answer: remove it with `berth down`", s.Dir)
-	}
-	defer func() {
-		if retErr == nil {
-			return
-		}
-		if err := s.remove(ctx); err != nil {
-			retErr = fmt.Errorf("%w; and the clean-up failed: %w", retErr, err)
-		}
-	}()
-
-	if err := s.install(o); err != nil {
+	// A running stack must keep the programs that it has: it runs some of them for each container.
+	if _, err := s.act(ctx, call{Op: opCheck, For: op, Options: o}, nil); err != nil {
 		return err
+	}
+	if os.Getuid() == 0 {
+		defer func() {
+			if retErr != nil && !s.Exists() {
+				retErr = errors.Join(retErr, os.RemoveAll(s.bin))
+			}
+		}()
+		if err := s.install(ctx, o); err != nil {
+			return err
+		}
 	}
 	if err := os.MkdirAll(filepath.Dir(o.Log), 0o755); err != nil {
 		return err
 	}
-	return s.start(ctx, o, os.O_TRUNC)
-}
-
-// Restart stops what there still is of the stack, as [Stack.Down] does, and starts it again with
-// its files: images, containers, and whatever a killed process has left. o is as for the Up, and
-// the log goes on. When the start fails, the files stay.
-func (s *Stack) Restart(ctx context.Context, o Options) error {
-	unlock, err := s.lock()
-	if err != nil {
-		return err
-	}
-	defer unlock()
-	if err := s.stop(ctx); err != nil {
-		return err
-	}
-	// The processes that these name have ended, but where their parent was killed, too, they can be
-	// zombies for a while, until init reaps them. dockerd takes a zombie for a running daemon.
-	for _, file := range []string{"docker.pid", "docker/containerd/containerd.pid"} {
-		if err := os.Remove(filepath.Join(s.runtimeDir(), file)); err != nil && !errors.Is(err, os.ErrNotExist) {
-			return err
-		}
-	}
-	return s.start(ctx, o.withDefaults(), os.O_APPEND)
-}
-
-// start runs what install has put in its place, and returns when the API answers.
-func (s *Stack) start(ctx context.Context, o Options, logFlag int) error {
-	log, err := os.OpenFile(o.Log, os.O_WRONLY|os.O_CREATE|logFlag, 0o644)
+	log, err := os.OpenFile(o.Log, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o644)
 	if err != nil {
 		return err
 	}
 	defer log.Close()
+	_, err = s.act(ctx, call{Op: op, Options: o}, log)
+	if err == nil || ctx.Err() != nil || errors.Is(err, ErrUp) {
+		return err
+	}
+	if lines := tail(o.Log, 15); lines != "" {
+		return fmt.Errorf("%w; the last lines of its log, %s:\n%s", err, o.Log, lines)
+	}
+	return err
+}
 
-	cmd := s.command(o)
-	cmd.Stdout, cmd.Stderr = log, log
-	if err := cmd.Start(); err != nil {
-		return fmt.Errorf("start dockerd-rootless.sh as user %s: %w", s.account.name, err)
-	}
-	ended := make(chan error, 1)
-	go func() { ended <- cmd.Wait() }()
-	err = s.waitUntilRunning(ctx, ended, o.Progress)
-	if ctx.Err() != nil {
-		return fmt.Errorf("start the stack: %w", context.Cause(ctx))
-	}
+// Down stops the stack, and keeps what it has: images, volumes, containers. A stack that is not up, or only half, is no error.
+// When ctx ends the stack is killed instead of waited for. It may take 30 s and more for containers that do not end.
+func (s *Stack) Down(ctx context.Context, o Options) error {
+	_, err := s.act(ctx, call{Op: opDown, Options: o.withDefaults()}, nil)
+	return err
+}
+
+// Purge is [Stack.Down], and removes all the stack made, but the log. It returns an error that names what is left if that is
+// anything: a process, a mount, a socket, a file; and what it removed.
+func (s *Stack) Purge(ctx context.Context, o Options) (removed []string, _ error) {
+	o = o.withDefaults()
+	unlock, err := s.lockForRoot()
 	if err != nil {
-		return fmt.Errorf("%w; the last lines of its log, %s:\n%s", err, o.Log, tail(o.Log, 15))
+		return nil, err
 	}
-	return nil
+	defer unlock()
+	answer, err := s.act(ctx, call{Op: opPurge, Options: o}, nil)
+	if err != nil {
+		return answer.Removed, err
+	}
+	if os.Getuid() == 0 {
+		if _, err := os.Lstat(s.bin); err == nil {
+			done := progress.Start(o.Progress, "removing "+s.bin)
+			defer done()
+			if err := os.RemoveAll(s.bin); err != nil {
+				return answer.Removed, err
+			}
+		}
+	}
+	return answer.Removed, nil
+}
+
+// Status tells what there is of the stack now.
+func (s *Stack) Status(ctx context.Context) (Status, error) {
+	answer, err := s.act(ctx, call{Op: opStatus}, nil)
+	return answer.Status, err
+}
+
+// Process returns the process that runs that program of the stack: dockerd, or docker-rootlesskit. Of RootlessKit's two
+// processes it is the parent, the one on the host.
+func (s *Stack) Process(ctx context.Context, program string) (Process, error) {
+	status, err := s.Status(ctx)
+	if err != nil {
+		return Process{}, err
+	}
+	p, ok := oldest(status.Processes, program)
+	if !ok {
+		return Process{}, fmt.Errorf("the stack at %s runs no %s", s.Dir, program)
+	}
+	return p, nil
 }
 
 func (o Options) withDefaults() Options {
@@ -209,60 +241,7 @@ func (o Options) withDefaults() Options {
 	return o
 }
 
-// command is upstream's script with what it needs from the environment, and nothing else from ours.
-func (s *Stack) command(o Options) *exec.Cmd {
-	cmd := exec.Command(filepath.Join(s.binDir(), "dockerd-rootless.sh"),
-		// A systemd driver would need a login session of the user on a machine with cgroup v2.
-		// In rootless mode this means: no cgroups.
-		"--exec-opt", "native.cgroupdriver=cgroupfs",
-	)
-	// The user may not be able to enter the folder that we are in.
-	cmd.Dir = s.Dir
-	cmd.Env = []string{
-		"HOME=" + s.homeDir(), // dockerd's data root lies beneath it
-		"XDG_RUNTIME_DIR=" + s.runtimeDir(),
-		"TMPDIR=" + s.tmpDir(),
-		"USER=" + s.account.name,
-		"PATH=" + s.binDir() + ":/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-		"DOCKERD=" + filepath.Join(s.binDir(), "dockerd"),
-		"DOCKERD_ROOTLESS_ROOTLESSKIT_NET=" + o.Net,
-		"DOCKERD_ROOTLESS_ROOTLESSKIT_PORT_DRIVER=" + o.PortDriver,
-		"DOCKERD_ROOTLESS_ROOTLESSKIT_DETACH_NETNS=" + strconv.FormatBool(!o.NoDetachNetns),
-	}
-	// The last one of a name holds.
-	cmd.Env = append(cmd.Env, o.Env...)
-	// A session of its own: a Ctrl-C at the terminal is for us, and the stack outlives us.
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
-	if os.Geteuid() == 0 {
-		cmd.SysProcAttr.Credential = &syscall.Credential{Uid: uint32(s.account.uid), Gid: uint32(s.account.gid)}
-	}
-	return cmd
-}
-
-func (s *Stack) waitUntilRunning(ctx context.Context, ended <-chan error, progress io.Writer) error {
-	start := time.Now()
-	said := start
-	ctx, cancel := context.WithTimeout(ctx, startTimeout)
-	defer cancel()
-	tick := time.NewTicker(pollInterval)
-	defer tick.Stop()
-	for !s.Running(ctx) {
-		select {
-		case err := <-ended:
-			return fmt.Errorf("the stack ended while it started: %w", err)
-		case <-ctx.Done():
-			return fmt.Errorf("the stack did not answer within %v", startTimeout)
-		case <-tick.C:
-		}
-		if time.Since(said) > quietFor {
-			said = time.Now()
-			fmt.Fprintf(progress, "waiting for dockerd at %s (%v)\n", s.Host(), time.Since(start).Round(time.Second))
-		}
-	}
-	return nil
-}
-
-// Running says whether the stack's API answers.
+// Running says whether the stack's API answers, within 5 s.
 func (s *Stack) Running(ctx context.Context) bool {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
@@ -276,29 +255,39 @@ func (s *Stack) Running(ctx context.Context) bool {
 }
 
 // Client returns a client of the stack's API.
-func (s *Stack) Client() (*client.Client, error) { return client.New(client.WithHost(s.Host())) }
+func (s *Stack) Client() (*client.Client, error) {
+	return client.New(client.WithHost(s.Host()), client.WithDialContext(s.Dial))
+}
+
+// Dial connects to the stack's API, whatever address is given. The user can put another daemon's socket in its place, root's
+// own, say: so it is no one's but a process of that user.
+func (s *Stack) Dial(ctx context.Context, _, _ string) (net.Conn, error) {
+	conn, err := new(net.Dialer).DialContext(ctx, "unix", s.socket())
+	if err != nil {
+		return nil, err
+	}
+	raw, err := conn.(*net.UnixConn).SyscallConn()
+	if err == nil {
+		var peer *unix.Ucred
+		var peerErr error
+		err = raw.Control(func(fd uintptr) {
+			peer, peerErr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
+		})
+		if err = errors.Join(err, peerErr); err == nil && peer.Uid != uint32(s.account.UID) {
+			err = fmt.Errorf("%s is served by user %d, not by %s", s.socket(), peer.Uid, s.User())
+		}
+	}
+	if err != nil {
+		conn.Close()
+		return nil, err
+	}
+	return conn, nil
+}
 
 // Exists says whether anything is at the stack's place.
 func (s *Stack) Exists() bool {
 	_, err := os.Lstat(s.Dir)
 	return err == nil
-}
-
-// lock keeps other Ups and Downs from the stack's directory, which must be there. The lock
-// is on the directory itself, so that it goes with it.
-func (s *Stack) lock() (unlock func(), _ error) {
-	d, err := os.Open(s.Dir)
-	if err != nil {
-		return nil, err
-	}
-	if err := unix.Flock(int(d.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		d.Close()
-		if errors.Is(err, unix.EWOULDBLOCK) {
-			return nil, fmt.Errorf("the stack at %s is being started or stopped: wait for that and try again", s.Dir)
-		}
-		return nil, fmt.Errorf("lock %s: %w", s.Dir, err)
-	}
-	return func() { d.Close() }, nil
 }
 
 // tail returns the last n lines of the file, indented.
@@ -307,7 +296,11 @@ func tail(file string, n int) string {
 	if err != nil {
 		return "    " + err.Error()
 	}
-	lines := strings.Split(strings.TrimRight(string(data), "\n"), "\n")
+	text := strings.TrimRight(string(data), "\n")
+	if text == "" {
+		return ""
+	}
+	lines := strings.Split(text, "\n")
 	lines = lines[max(0, len(lines)-n):]
 	return "    " + strings.Join(lines, "\n    ")
 }

@@ -18,9 +18,9 @@ import (
 
 	"github.com/moby/moby/api/types/network"
 	"gotest.tools/v3/assert"
+	"gotest.tools/v3/poll"
 
 	"berth/hack/stack"
-	"berth/integration/portdriver"
 	"berth/integration/stacktest"
 	"berth/integration/whoami"
 )
@@ -255,13 +255,12 @@ func call(t *testing.T, d *stacktest.Daemon, path string, body, answer any) erro
 func assertSane(t *testing.T, d *stacktest.Daemon, before string) {
 	t.Helper()
 	// Some port drivers release a port a moment after they said so.
-	for deadline := time.Now().Add(time.Minute); ; time.Sleep(100 * time.Millisecond) {
-		now := hostPorts(t, d)
-		if now == before {
-			break
+	poll.WaitOn(t, func(poll.LogT) poll.Result {
+		if now := hostPorts(t, d); now != before {
+			return poll.Continue("the host's ports are\n%swere\n%s", now, before)
 		}
-		assert.Assert(t, time.Now().Before(deadline), "the host's ports are\n%swere\n%s", now, before)
-	}
+		return poll.Success()
+	}, poll.WithTimeout(time.Minute))
 	_, err := d.Docker("version")
 	assert.NilError(t, err)
 	log, err := os.ReadFile(d.Log)
@@ -274,17 +273,11 @@ func assertSane(t *testing.T, d *stacktest.Daemon, before string) {
 func hostPorts(t *testing.T, d *stacktest.Daemon) string {
 	t.Helper()
 	var lines []string
-	for _, file := range []string{"tcp", "tcp6", "udp", "udp6"} {
-		for line := range strings.Lines(sockets(t, file)) {
-			lines = append(lines, file+" "+line)
-		}
+	for _, s := range stacktest.Sockets(t) {
+		lines = append(lines, s.String()+"\n")
 	}
 	slices.Sort(lines)
-	rlk, err := portdriver.Dial(t.Context(), d.RootlessKitSocket())
-	assert.NilError(t, err)
-	exposed, err := rlk.ListPorts(t.Context())
-	assert.NilError(t, err)
-	for _, p := range exposed {
+	for _, p := range stacktest.Exposed(t, d.Stack) {
 		lines = append(lines, fmt.Sprintf("RootlessKit %+v\n", p.Spec))
 	}
 	return strings.Join(lines, "")

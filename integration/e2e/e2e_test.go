@@ -11,10 +11,12 @@ import (
 	"os"
 	"os/user"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
 
+	"github.com/prometheus/procfs"
 	"gotest.tools/v3/assert"
 
 	"berth/hack/stack"
@@ -220,7 +222,8 @@ func TestDownLeavesNothing(t *testing.T) {
 		assert.NilError(t, err)
 	}
 	assert.Assert(t, machine(t, s) != before, "the stack is not seen")
-	assert.NilError(t, s.Down(t.Context()))
+	_, err := s.Purge(t.Context(), d.Options)
+	assert.NilError(t, err)
 	assert.Equal(t, machine(t, s), before)
 }
 
@@ -233,9 +236,7 @@ func machine(t *testing.T, s *stack.Stack) string {
 	assert.NilError(t, err)
 	fmt.Fprintf(&b, "mounts:\n%s", mounts)
 
-	for _, file := range []string{"tcp", "tcp6", "udp", "udp6", "unix"} {
-		fmt.Fprintf(&b, "%s sockets:\n%s", file, sockets(t, file))
-	}
+	fmt.Fprintf(&b, "sockets:\n%s", sockets(t))
 
 	fmt.Fprintln(&b, "processes:")
 	processes, err := filepath.Glob("/proc/[0-9]*")
@@ -268,22 +269,22 @@ func machine(t *testing.T, s *stack.Stack) string {
 	return b.String()
 }
 
-// sockets lists those that can be reached on the host, a line each; file is tcp, tcp6, udp,
-// udp6 or unix. The network namespace is the tests' own.
-func sockets(t *testing.T, file string) string {
+// sockets lists those that can be reached on the host, a line each; the network namespace is the tests' own.
+func sockets(t *testing.T) string {
 	t.Helper()
-	data, err := os.ReadFile("/proc/net/" + file)
+	var lines []string
+	for _, s := range stacktest.Sockets(t) {
+		lines = append(lines, s.String()+"\n")
+	}
+	unix, err := procfs.NewDefaultFS()
 	assert.NilError(t, err)
-	var b strings.Builder
-	for line := range strings.Lines(string(data)) {
-		f := strings.Fields(line)
-		const listen = "0A" // include/net/tcp_states.h
-		if strings.HasPrefix(file, "tcp") && f[3] == listen || strings.HasPrefix(file, "udp") {
-			fmt.Fprintln(&b, f[1])
-		}
-		if file == "unix" && len(f) > 7 {
-			fmt.Fprintln(&b, f[7])
+	paths, err := unix.NetUNIX()
+	assert.NilError(t, err)
+	for _, s := range paths.Rows {
+		if s.Path != "" {
+			lines = append(lines, "unix "+s.Path+"\n")
 		}
 	}
-	return b.String()
+	slices.Sort(lines)
+	return strings.Join(lines, "")
 }

@@ -7,8 +7,6 @@ import (
 	"flag"
 	"fmt"
 	"net/netip"
-	"os"
-	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -19,6 +17,7 @@ import (
 	"github.com/moby/moby/api/types/network"
 	"github.com/moby/moby/client"
 	"gotest.tools/v3/assert"
+	is "gotest.tools/v3/assert/cmp"
 
 	"berth/hack/stack"
 	"berth/integration/hostload"
@@ -92,11 +91,18 @@ func TestStopsWaitForASearch(t *testing.T) {
 	stacktest.WriteResults(t, "lock.json", rows)
 	stacktest.WriteText(t, "lock.txt", table.String())
 
+	stock := 0.0 // its slowest case
+	for _, r := range rows {
+		if r.Daemon == "stock" {
+			stock = max(stock, r.StopMedian)
+		}
+	}
 	for _, r := range rows {
 		switch {
 		case r.Daemon != "stock":
-			assert.Equal(t, r.Failed, 0, "%+v", r)
-			assert.Assert(t, r.StopWorst < 10_000, "a stop waited for longer than a search may take: %+v", r)
+			assert.Check(t, is.Equal(r.Failed, 0), "%+v", r)
+			// They are the same but for the machine's moods. A search that takes its two seconds makes it four times as much.
+			assert.Check(t, r.StopMedian < 3*stock, "stock's slowest median is %.0f ms, in the same run: %+v", stock, r)
 		case r.Taken > 0:
 			assert.Equal(t, r.Failed, r.Starts, "the load proved nothing: %+v", r)
 		}
@@ -117,11 +123,11 @@ func measureLock(t *testing.T, d *stacktest.Daemon, name string) []lockRow {
 			r := &rows[i]
 			r.Daemon, r.Taken = name, taken
 			r.Starts++
-			told := len(searches(t, d.Log))
+			told := len(searches(t, d))
 			if err := r.measure(t, d, others); err != nil {
 				r.Failed++
 			}
-			r.searches = append(r.searches, searches(t, d.Log)[told:]...)
+			r.searches = append(r.searches, searches(t, d)[told:]...)
 		}
 	}
 	for i := range rows {
@@ -210,17 +216,13 @@ func (r *lockRow) measure(t *testing.T, d *stacktest.Daemon, others []string) er
 	return failure
 }
 
-var searched = regexp.MustCompile(`"Published a host port after refusals of others".* duration="?([^ "]+)`)
-
 // searches returns how long those searches took that the daemon's log tells of.
-func searches(t *testing.T, log string) (took []time.Duration) {
+func searches(t *testing.T, d *stacktest.Daemon) (took []time.Duration) {
 	t.Helper()
-	data, err := os.ReadFile(log)
-	assert.NilError(t, err)
-	for _, m := range searched.FindAllSubmatch(data, -1) {
-		d, err := time.ParseDuration(string(m[1]))
-		assert.NilError(t, err)
-		took = append(took, d)
+	for _, l := range d.ReadLog(t, 0) {
+		if l.Message == "Published a host port after refusals of others" {
+			took = append(took, l.Duration)
+		}
 	}
 	return took
 }

@@ -1,7 +1,7 @@
 // Package faultproxy stands between dockerd and RootlessKit's API, and does to its requests
 // what a bad day does: delays them, cuts connections, spoils answers.
 //
-//	p, err := faultproxy.Start(s.RootlessKitSocket())
+//	p, err := faultproxy.Start(s.RootlessKitSocket(), s.UID())
 //	s.Up(ctx, stack.Options{Env: stacktest.Behind(t, p.Socket), ...})
 //	p.Inject(faultproxy.At(faultproxy.AddPort, 2, faultproxy.CutAfter))
 package faultproxy
@@ -118,7 +118,7 @@ func All(plans ...Plan) Plan {
 
 // Proxy is a running proxy. It injects nothing before [Proxy.Inject].
 type Proxy struct {
-	Socket string // where it listens; everyone may connect
+	Socket string // where it listens for the user's dockerd
 
 	server    *http.Server
 	transport *http.Transport
@@ -130,9 +130,8 @@ type Proxy struct {
 	n     map[Op]int // how many of calls there are of each
 }
 
-// Start starts a proxy for the RootlessKit that serves its API at socket, now or later.
-func Start(socket string) (*Proxy, error) {
-	// RootlessKit's user may be another than ours, and must be able to enter it.
+// Start starts a proxy for the user's RootlessKit that serves its API at socket, now or later.
+func Start(socket string, uid int) (*Proxy, error) {
 	dir, err := os.MkdirTemp("", "berth-faultproxy-")
 	if err != nil {
 		return nil, err
@@ -142,7 +141,7 @@ func Start(socket string) (*Proxy, error) {
 		return new(net.Dialer).DialContext(ctx, "unix", socket)
 	}}
 	p.server = &http.Server{Handler: p}
-	l, err := listen(p.Socket)
+	l, err := listen(p.Socket, uid)
 	if err != nil {
 		os.RemoveAll(dir)
 		return nil, err
@@ -151,15 +150,14 @@ func Start(socket string) (*Proxy, error) {
 	return p, nil
 }
 
-func listen(socket string) (net.Listener, error) {
-	if err := os.Chmod(filepath.Dir(socket), 0o755); err != nil {
-		return nil, err
-	}
+// listen makes a socket that nobody but the user can connect to, in a folder that nobody but us can change: whoever may
+// connect can publish ports of the host.
+func listen(socket string, uid int) (net.Listener, error) {
 	l, err := net.Listen("unix", socket)
 	if err != nil {
 		return nil, err
 	}
-	if err := os.Chmod(socket, 0o666); err != nil {
+	if err := errors.Join(os.Chmod(socket, 0o600), os.Chown(socket, uid, -1), os.Chmod(filepath.Dir(socket), 0o755)); err != nil {
 		l.Close()
 		return nil, err
 	}

@@ -4,9 +4,11 @@ import (
 	"encoding/json"
 	"net"
 	"net/http"
+	"os"
 	"path/filepath"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -99,10 +101,23 @@ func start(t *testing.T) (*faultproxy.Proxy, *atomic.Int32) {
 	go server.Serve(l)
 	t.Cleanup(func() { server.Close() })
 
-	p, err := faultproxy.Start(socket)
+	p, err := faultproxy.Start(socket, os.Getuid())
 	assert.NilError(t, err)
 	t.Cleanup(func() { assert.NilError(t, p.Close()) })
 	return p, &served
+}
+
+func TestSocketIsItsUsersAlone(t *testing.T) {
+	p, err := faultproxy.Start("/nowhere", os.Getuid())
+	assert.NilError(t, err)
+	defer func() { assert.NilError(t, p.Close()) }()
+	info, err := os.Lstat(p.Socket)
+	assert.NilError(t, err)
+	assert.Equal(t, info.Mode(), os.ModeSocket|0o600)
+	assert.Equal(t, int(info.Sys().(*syscall.Stat_t).Uid), os.Getuid())
+	info, err = os.Lstat(filepath.Dir(p.Socket))
+	assert.NilError(t, err)
+	assert.Equal(t, info.Mode(), os.ModeDir|0o755) // the user need not be us
 }
 
 func check(t *testing.T, err error, says string) {

@@ -48,7 +48,7 @@ func TestKill(t *testing.T) {
 			ended := startAll(d)
 			waitForAPort(t, d, own)
 			published = append(published, listeners(t, d.Stack)...)
-			assert.NilError(t, d.Kill(victim))
+			stacktest.Kill(t, d.Stack, victim)
 			assert.Check(t, failures(t, ended) > 0, "no start was in flight")
 			_, err := load.Stop()
 			assert.NilError(t, err)
@@ -65,7 +65,7 @@ func TestKill(t *testing.T) {
 			assert.DeepEqual(t, listeners(t, d.Stack), own)
 		})
 	}
-	assert.NilError(t, d.Down(t.Context()))
+	assert.NilError(t, d.Down(t.Context(), d.Options))
 	areFree(t, published)
 }
 
@@ -152,8 +152,8 @@ func removeAll(t *testing.T, d *stacktest.Daemon) {
 func rootlessKitEnds(t *testing.T, s *stack.Stack) {
 	t.Helper()
 	poll.WaitOn(t, func(poll.LogT) poll.Result {
-		if pid, err := s.PID("docker-rootlesskit"); err == nil {
-			return poll.Continue("RootlessKit still runs (%d)", pid)
+		if p, err := s.Process(t.Context(), "docker-rootlesskit"); err == nil {
+			return poll.Continue("RootlessKit still runs: %v", p)
 		}
 		return poll.Success()
 	}, poll.WithTimeout(time.Minute))

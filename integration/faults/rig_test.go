@@ -3,22 +3,18 @@
 package faults
 
 import (
-	"bufio"
 	"cmp"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"os"
-	"path/filepath"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
 	"testing"
 	"time"
 
-	"github.com/rootless-containers/rootlesskit/v3/pkg/api/client"
 	"gotest.tools/v3/assert"
 	"gotest.tools/v3/poll"
 
@@ -31,7 +27,6 @@ import (
 type rig struct {
 	d          *stacktest.Daemon
 	proxy      *faultproxy.Proxy
-	rlk        client.Client // not through the proxy
 	docker     *http.Client
 	containers int // started so far
 	faults     int // injected so far
@@ -65,7 +60,7 @@ type counts struct{ descriptors, goroutines int }
 func start(t *testing.T) *rig {
 	t.Helper()
 	s := stacktest.At(t)
-	proxy, err := faultproxy.Start(s.RootlessKitSocket())
+	proxy, err := faultproxy.Start(s.RootlessKitSocket(), s.UID())
 	assert.NilError(t, err)
 	t.Cleanup(func() { assert.NilError(t, proxy.Close()) })
 	r := &rig{
@@ -73,9 +68,6 @@ func start(t *testing.T) *rig {
 		proxy:    proxy,
 		reserved: map[int]bool{},
 	}
-	r.rlk, err = client.New(s.RootlessKitSocket())
-	assert.NilError(t, err)
-	t.Cleanup(func() { r.rlk.Close() })
 	r.docker = stacktest.HTTP(s)
 	r.own = listeners(t, r.d.Stack)
 
@@ -146,10 +138,8 @@ func compare(a, b binding) int {
 // ports is RootlessKit's own list.
 func (r *rig) ports(t *testing.T) []binding {
 	t.Helper()
-	list, err := r.rlk.PortManager().ListPorts(t.Context())
-	assert.NilError(t, err)
 	var ports []binding
-	for _, st := range list {
+	for _, st := range stacktest.Exposed(t, r.d.Stack) { // not through the proxy
 		ports = append(ports, binding{st.Spec.Proto, st.Spec.ParentIP, st.Spec.ParentPort})
 	}
 	slices.SortFunc(ports, compare)
@@ -157,69 +147,24 @@ func (r *rig) ports(t *testing.T) []binding {
 }
 
 // listeners has the addresses where the stack's RootlessKit listens for TCP on the host.
-func listeners(t *testing.T, s *stack.Stack) []string {
+func listeners(t *testing.T, s *stack.Stack) (list []string) {
 	t.Helper()
-	pid, err := s.PID("docker-rootlesskit")
+	p, err := s.Process(t.Context(), "docker-rootlesskit")
 	assert.NilError(t, err)
-	dir := fmt.Sprintf("/proc/%d/", pid)
-	sockets := map[string]bool{}
-	for _, link := range descriptors(t, pid) {
-		if inode, ok := strings.CutPrefix(link, "socket:["); ok {
-			sockets[strings.TrimSuffix(inode, "]")] = true
-		}
-	}
-	var list []string
-	for _, file := range []string{"tcp", "tcp6"} {
-		data, err := os.ReadFile(dir + "net/" + file)
-		assert.NilError(t, err)
-		for line := range strings.Lines(string(data)) {
-			f := strings.Fields(line)
-			const listen = "0A" // include/net/tcp_states.h
-			if len(f) > 9 && f[3] == listen && sockets[f[9]] {
-				list = append(list, address(t, f[1]))
-			}
+	for _, socket := range stacktest.SocketsOf(t, p.PID) {
+		if strings.HasPrefix(socket.Network, "tcp") {
+			list = append(list, socket.At.String())
 		}
 	}
 	slices.Sort(list)
 	return list
 }
 
-// address reads /proc/net/tcp's "0100007F:5000".
-func address(t *testing.T, s string) string {
-	t.Helper()
-	hex, port, _ := strings.Cut(s, ":")
-	n, err := strconv.ParseUint(port, 16, 16)
-	assert.NilError(t, err)
-	// Words of 32 bits, each in the host's order of bytes: little-endian, on what Berth runs on.
-	ip := make([]byte, len(hex)/2)
-	for i := range ip {
-		b, err := strconv.ParseUint(hex[2*i:2*i+2], 16, 8)
-		assert.NilError(t, err)
-		ip[i/4*4+3-i%4] = byte(b)
-	}
-	return net.JoinHostPort(net.IP(ip).String(), strconv.FormatUint(n, 10))
-}
-
-// descriptors has where the descriptors of a process lead to.
-func descriptors(t *testing.T, pid int) []string {
-	t.Helper()
-	links, err := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", pid))
-	assert.NilError(t, err)
-	assert.Assert(t, len(links) > 0, "the descriptors of process %d cannot be seen", pid)
-	var to []string
-	for _, l := range links {
-		if target, err := os.Readlink(l); err == nil { // else it's closed since
-			to = append(to, target)
-		}
-	}
-	return to
-}
-
 // counts is what dockerd has now, without its idle connections to RootlessKit: how many there
 // are depends on the faults of the moment before.
 func (r *rig) counts(t *testing.T) counts {
 	t.Helper()
-	pid, err := r.d.PID("dockerd")
+	p, err := r.d.Process(t.Context(), "dockerd")
 	assert.NilError(t, err)
 	var c counts
 	for _, g := range r.goroutines(t) {
@@ -231,7 +176,7 @@ func (r *rig) counts(t *testing.T) counts {
 			c.goroutines++
 		}
 	}
-	c.descriptors += len(descriptors(t, pid))
+	c.descriptors += len(stacktest.Descriptors(t, p.PID))
 	return c
 }
 
@@ -259,40 +204,25 @@ func (r *rig) mark(t *testing.T) int64 {
 	return info.Size()
 }
 
-// Warn lines about host ports.
-var (
-	undoneLine = regexp.MustCompile(`level=warning msg="RootlessKit answered a port request after it was given up: undone".* port=(\d+)`)
-	// This one is the bridge driver's.
-	failedLine = regexp.MustCompile(`level=warning msg="driver failed revoking external connectivity on endpoint".*failed to remove host port ([^ ]+): `)
-	heldLine   = regexp.MustCompile(`level=warning msg="RootlessKit may hold a host port.*failed to remove host port ([^ ]+): `)
-)
-
 // said has what the daemon has warned of since the mark: a word for the line, and its port.
-func (r *rig) said(t *testing.T, mark int64) []string {
+func (r *rig) said(t *testing.T, mark int64) (said []string) {
 	t.Helper()
-	f, err := os.Open(r.d.Options.Log)
-	assert.NilError(t, err)
-	defer f.Close()
-	_, err = f.Seek(mark, io.SeekStart)
-	assert.NilError(t, err)
-	var said []string
-	lines := bufio.NewScanner(f)
-	for lines.Scan() {
-		line := lines.Text()
-		lost, isLost := stacktest.LostPort(line)
+	for _, l := range r.d.ReadLog(t, mark) {
+		_, removal, isRemoval := strings.Cut(l.Error, "failed to remove host port ")
+		removal, _, _ = strings.Cut(removal, ": ")
 		switch {
-		case isLost:
-			said = append(said, "lost "+lost)
-		case undoneLine.MatchString(line):
-			said = append(said, "undone "+undoneLine.FindStringSubmatch(line)[1])
-		case failedLine.MatchString(line):
-			said = append(said, "failed "+failedLine.FindStringSubmatch(line)[1])
-		case heldLine.MatchString(line):
-			said = append(said, "held "+heldLine.FindStringSubmatch(line)[1])
-		case strings.Contains(line, "level=warning") && strings.Contains(line, "RootlessKit"):
-			said = append(said, line) // one that no test expects
+		case l.Level != "warning":
+		case l.IsLost():
+			said = append(said, "lost "+l.HostPort())
+		case l.Message == "RootlessKit answered a port request after it was given up: undone":
+			said = append(said, fmt.Sprint("undone ", l.Port))
+		case l.Message == "driver failed revoking external connectivity on endpoint" && isRemoval: // the bridge driver's
+			said = append(said, "failed "+removal)
+		case strings.HasPrefix(l.Message, "RootlessKit may hold a host port"):
+			said = append(said, "held "+l.HostPort())
+		case strings.Contains(l.Message+l.Error, "RootlessKit"):
+			said = append(said, l.Message+": "+l.Error) // one that no test expects
 		}
 	}
-	assert.NilError(t, lines.Err())
 	return said
 }

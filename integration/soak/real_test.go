@@ -11,8 +11,6 @@ import (
 	"net/netip"
 	"os"
 	"os/signal"
-	"os/user"
-	"regexp"
 	"strconv"
 	"strings"
 	"sync"
@@ -22,7 +20,7 @@ import (
 
 	"github.com/moby/moby/api/types/network"
 	"github.com/moby/moby/client"
-	rlkclient "github.com/rootless-containers/rootlesskit/v3/pkg/api/client"
+	"github.com/prometheus/procfs"
 	"github.com/rootless-containers/rootlesskit/v3/pkg/port"
 	"gotest.tools/v3/assert"
 
@@ -57,17 +55,15 @@ const (
 // between dockerd and RootlessKit meets a fault. What there is each minute, with all containers
 // gone, is also written to build/results/soak.json.
 func TestSoak(t *testing.T) {
-	socket := stacktest.At(t).RootlessKitSocket()
-	proxy, err := faultproxy.Start(socket)
+	place := stacktest.At(t)
+	socket := place.RootlessKitSocket()
+	proxy, err := faultproxy.Start(socket, place.UID())
 	assert.NilError(t, err)
 	t.Cleanup(func() { assert.Check(t, proxy.Close()) })
 	d := stacktest.Start(t, "dockerd", stack.Options{NoDetachNetns: *noDetachNetns, Env: stacktest.Behind(t, proxy.Socket)})
 	ctx, stop := signal.NotifyContext(t.Context(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	s := soak{t: t, ctx: ctx, d: d, proxy: proxy, begun: time.Now()}
-	s.rlk, err = rlkclient.New(socket)
-	assert.NilError(t, err)
-	defer s.rlk.Close()
 	random := rand.New(rand.NewPCG(1, 2))
 	proxy.Inject(func(faultproxy.Call) faultproxy.Fault {
 		if random.Float64() >= faultShare {
@@ -126,7 +122,6 @@ type soak struct {
 	ctx   context.Context // ends when the soak is interrupted
 	d     *stacktest.Daemon
 	proxy *faultproxy.Proxy
-	rlk   rlkclient.Client // not through the proxy
 	begun time.Time
 	alien int // listeners that are not those of published ports
 	peak  int // the most listeners that there were at once
@@ -279,10 +274,8 @@ func (s *soak) sample() Sample {
 		}
 	}
 	var named map[string]bool
-	sample.Refusals, named = readLog(t, s.d.Log)
-	ports, err := s.rlk.PortManager().ListPorts(ctx)
-	assert.NilError(t, err)
-	for _, p := range ports {
+	sample.Refusals, named = readLog(t, s.d)
+	for _, p := range stacktest.Exposed(t, s.d.Stack) { // not through the proxy
 		if named[hostPortOf(p.Spec)] && (os.Getuid() == 0 || strings.HasPrefix(p.Spec.Proto, "tcp")) { // as listeners does
 			sample.Named++
 		}
@@ -296,36 +289,32 @@ func (s *soak) sample() Sample {
 	s.d.API.Close()
 	sample.Listeners = listeners(t, s.d) - s.alien - sample.Named
 
-	dockerd, err := s.d.PIDs("dockerd")
+	status, err := s.d.Status(ctx)
 	assert.NilError(t, err)
-	assert.Equal(t, len(dockerd), 1)
-	sample.RSS = rss(t, dockerd[0])
-	sample.Descriptors = descriptors(t, dockerd[0])
-	rootlesskits, err := s.d.PIDs("docker-rootlesskit")
-	assert.NilError(t, err)
-	for _, pid := range rootlesskits {
-		sample.RootlessKitFDs += descriptors(t, pid)
+	for _, p := range status.Processes {
+		switch p.Program {
+		case "dockerd":
+			sample.RSS = rss(t, p.PID)
+			sample.Descriptors = len(stacktest.Descriptors(t, p.PID))
+		case "docker-rootlesskit":
+			sample.RootlessKitFDs += len(stacktest.Descriptors(t, p.PID))
+		}
 	}
+	assert.Assert(t, sample.RSS > 0 && sample.RootlessKitFDs > 0, "%v", status.Processes)
 	return sample
 }
 
-var searched = regexp.MustCompile(`"Published a host port after refusals of others".* attempts=(\d+)`)
-
 // readLog counts the refusals that the daemon's log tells of, of searches that came out at a
 // port, and returns the host ports that RootlessKit may have though nobody knows.
-func readLog(t *testing.T, log string) (refusals int, named map[string]bool) {
+func readLog(t *testing.T, d *stacktest.Daemon) (refusals int, named map[string]bool) {
 	t.Helper()
-	data, err := os.ReadFile(log)
-	assert.NilError(t, err)
 	named = map[string]bool{}
-	for line := range strings.Lines(string(data)) {
-		if hostPort, ok := stacktest.LostPort(line); ok {
-			named[hostPort] = true
+	for _, l := range d.ReadLog(t, 0) {
+		if l.IsLost() {
+			named[l.HostPort()] = true
 		}
-		if m := searched.FindStringSubmatch(line); m != nil {
-			attempts, err := strconv.Atoi(m[1])
-			assert.NilError(t, err)
-			refusals += attempts - 1
+		if l.Message == "Published a host port after refusals of others" {
+			refusals += l.Attempts - 1
 		}
 	}
 	return refusals, named
@@ -335,21 +324,9 @@ func readLog(t *testing.T, log string) (refusals int, named map[string]bool) {
 // not: only on a host of the tests' own are all of them the stack's.
 func listeners(t *testing.T, d *stacktest.Daemon) (n int) {
 	t.Helper()
-	account, err := user.Lookup(d.User())
-	assert.NilError(t, err)
-	files := []string{"tcp", "tcp6"}
-	if os.Getuid() == 0 {
-		files = append(files, "udp", "udp6")
-	}
-	for _, file := range files {
-		sockets, err := os.ReadFile("/proc/net/" + file)
-		assert.NilError(t, err)
-		for line := range strings.Lines(string(sockets)) {
-			const listen = "0A" // include/net/tcp_states.h
-			f := strings.Fields(line)
-			if len(f) > 7 && f[7] == account.Uid && (f[3] == listen || strings.HasPrefix(file, "udp")) {
-				n++
-			}
+	for _, s := range stacktest.Sockets(t) {
+		if s.UID == d.UID() && (os.Getuid() == 0 || strings.HasPrefix(s.Network, "tcp")) {
+			n++
 		}
 	}
 	return n
@@ -357,18 +334,9 @@ func listeners(t *testing.T, d *stacktest.Daemon) (n int) {
 
 func rss(t *testing.T, pid int) (kib int) {
 	t.Helper()
-	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	p, err := procfs.NewProc(pid)
 	assert.NilError(t, err)
-	_, rest, ok := strings.Cut(string(status), "\nVmRSS:")
-	assert.Assert(t, ok)
-	_, err = fmt.Sscan(rest, &kib)
+	stat, err := p.Stat()
 	assert.NilError(t, err)
-	return kib
-}
-
-func descriptors(t *testing.T, pid int) int {
-	t.Helper()
-	entries, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid))
-	assert.NilError(t, err)
-	return len(entries)
+	return stat.ResidentMemory() >> 10
 }

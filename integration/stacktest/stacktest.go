@@ -11,14 +11,12 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"net"
 	"net/http"
 	"net/netip"
 	"os"
 	"os/exec"
 	"os/signal"
 	"path/filepath"
-	"regexp"
 	"runtime"
 	"slices"
 	"strconv"
@@ -30,6 +28,7 @@ import (
 	"github.com/moby/moby/api/types/container"
 	"github.com/moby/moby/api/types/network"
 	"github.com/moby/moby/client"
+	"golang.org/x/sys/unix"
 	"gotest.tools/v3/assert"
 
 	"berth/hack/checkout"
@@ -79,7 +78,7 @@ func downAndExit() {
 		s, err := place(user)
 		for deadline := time.Now().Add(10 * time.Second); err == nil && time.Now().Before(deadline); {
 			// The test may be at work there itself, for a moment.
-			if s.Down(interrupted) == nil {
+			if _, err := s.Purge(interrupted, stack.Options{}); err == nil {
 				break
 			}
 			time.Sleep(50 * time.Millisecond)
@@ -160,11 +159,10 @@ func StartAs(t *testing.T, asUser, dockerd string, o stack.Options) *Daemon {
 		dockerd = name
 	}
 	o.Dockerd = filepath.Join(o.Bin, dockerd)
+	o.Args = append([]string{"--log-format", "json"}, o.Args...) // see ReadLog
 	o.Log = checkout.Log(root, "test", strings.ReplaceAll(t.Name(), "/", "-")+"-"+s.User()+".log")
 	t.Cleanup(func() {
-		if err := s.Down(context.Background()); err != nil {
-			t.Error(err)
-		}
+		purge(t, s)
 		checkRaces(t, o.Log)
 		if !t.Failed() {
 			assert.NilError(t, os.Remove(o.Log))
@@ -193,9 +191,23 @@ func at(t testing.TB, asUser string) *stack.Stack {
 	t.Helper()
 	s, err := place(asUser)
 	assert.NilError(t, err)
-	assert.NilError(t, s.Down(t.Context()))
-	t.Cleanup(func() { assert.NilError(t, s.Down(context.Background())) })
+	purge(t, s)
+	t.Cleanup(func() { purge(t, s) })
 	return s
+}
+
+func purge(t testing.TB, s *stack.Stack) {
+	t.Helper()
+	_, err := s.Purge(context.Background(), stack.Options{Progress: t.Output()})
+	assert.Check(t, err)
+}
+
+// Kill ends that program of the stack, and does not let it clean up.
+func Kill(t *testing.T, s *stack.Stack, program string) {
+	t.Helper()
+	p, err := s.Process(t.Context(), program)
+	assert.NilError(t, err)
+	assert.NilError(t, p.Signal(unix.SIGKILL))
 }
 
 func place(asUser string) (*stack.Stack, error) {
@@ -249,7 +261,7 @@ func (d *Daemon) Run(t *testing.T, publish ...string) (id string, _ error) {
 		args = append(args, "-p", p)
 	}
 	t.Cleanup(func() {
-		if !d.Exists() {
+		if !d.Running(context.Background()) {
 			return
 		}
 		// A container that could not be started is there, too.
@@ -309,9 +321,7 @@ func (d *Daemon) Create(ctx context.Context, ports network.PortMap) (id string, 
 func HTTP(s *stack.Stack) *http.Client {
 	return &http.Client{Transport: &http.Transport{
 		DisableKeepAlives: true,
-		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return new(net.Dialer).DialContext(ctx, "unix", strings.TrimPrefix(s.Host(), "unix://"))
-		},
+		DialContext:       s.Dial,
 	}}
 }
 
@@ -341,16 +351,4 @@ func WriteText(t *testing.T, name, text string) {
 	dir := checkout.Results(root)
 	assert.NilError(t, os.MkdirAll(dir, 0o755))
 	assert.NilError(t, os.WriteFile(filepath.Join(dir, name), []byte(strings.TrimRight(text, "\n")+"\n"), 0o644))
-}
-
-var lostLine = regexp.MustCompile(`level=warning msg="RootlessKit's answer was lost.* hostIP="?([^" ]+)"? .*port=(\d+) proto=(\w+)`)
-
-// LostPort tells whether a line of the daemon's log is the one that names a host port which RootlessKit
-// may hold though nobody knows, and returns it, such as "[::1]:8080/tcp".
-func LostPort(line string) (hostPort string, ok bool) {
-	m := lostLine.FindStringSubmatch(line)
-	if m == nil {
-		return "", false
-	}
-	return net.JoinHostPort(m[1], m[2]) + "/" + m[3], true
 }
