@@ -6,6 +6,7 @@ package faults
 
 import (
 	"fmt"
+	"slices"
 	"strconv"
 	"testing"
 	"time"
@@ -84,7 +85,9 @@ func (r *rig) addPortFails(t *testing.T) {
 					assert.ErrorContains(t, err, fmt.Sprintf("%d/tcp", to.port))
 					assert.ErrorContains(t, err, "see whether RootlessKit is running")
 					wantSaid = []string{"lost " + to.String()}
-					r.keep(to, f.Kind != faultproxy.CutBefore)
+					if f.Kind != faultproxy.CutBefore {
+						r.keep(to)
+					}
 				case f.Kind == faultproxy.Status500 && c.ports > 0:
 					assert.ErrorContains(t, err, faultproxy.Message)
 					assert.ErrorContains(t, err, fmt.Sprintf("%d/tcp", to.port))
@@ -171,7 +174,7 @@ func (r *rig) removePortAnsweredTooLate(t *testing.T) {
 	r.remove(t, container)
 	r.settled(t)
 	calls := r.injected(t, 1)
-	assert.Check(t, is.DeepEqual(r.said(t, mark), []string{"failed " + bindingOf(t, calls[0]).String()}))
+	assert.Check(t, is.DeepEqual(r.said(t, mark), []string{"unanswered " + bindingOf(t, calls[0]).String()}))
 	r.reservations(t, calls)
 }
 
@@ -189,16 +192,16 @@ func (r *rig) removePortFailsForGood(t *testing.T) {
 	container, err := r.run(publish)
 	assert.NilError(t, err)
 	r.remove(t, container)
-	r.keep(b, true)
+	r.keep(b)
 	r.settled(t)
 	r.injected(t, 4)
 	assert.Check(t, is.DeepEqual(r.said(t, mark), []string{"failed " + b.String(), "held " + b.String()}))
-	// It still forwards to its child port, which is nobody else's: 127.0.0.2 has its own.
+	// It still forwards to its child port, and RootlessKit gives it to nobody else: 127.0.0.2 has its own.
 	container, err = r.run("127.0.0.2:20800:80")
 	assert.NilError(t, err)
 	r.remove(t, container)
 	container, err = r.run(publish)
-	assert.ErrorContains(t, err, "port is already allocated")
+	assert.ErrorContains(t, err, "conflict with ID")
 	assert.ErrorContains(t, err, "20800")
 	r.remove(t, container)
 	r.settled(t)
@@ -232,8 +235,8 @@ func faulty(t *testing.T, calls []faultproxy.Call) faultproxy.Call {
 	return faultproxy.Call{}
 }
 
-// reservations asks for each port of the calls, as a fixed one: those that were lost are refused
-// by dockerd, without asking RootlessKit, and the others can be had.
+// reservations asks for each port of the calls, as a fixed one: those that RootlessKit was left with it
+// refuses itself, and the others can be had.
 func (r *rig) reservations(t *testing.T, calls []faultproxy.Call) {
 	t.Helper()
 	seen := map[int]bool{}
@@ -247,9 +250,8 @@ func (r *rig) reservations(t *testing.T, calls []faultproxy.Call) {
 		}
 		seen[port] = true
 		container, err := r.run(strconv.Itoa(port) + ":80")
-		if r.reserved[port] {
-			assert.Check(t, is.ErrorContains(err, "port is already allocated"))
-			assert.Check(t, is.Len(r.proxy.Calls(), 0))
+		if slices.ContainsFunc(r.left, func(b binding) bool { return b.port == port }) {
+			assert.Check(t, is.ErrorContains(err, "conflict with ID"))
 		} else if assert.Check(t, err) {
 			r.answers(t, container)
 		}

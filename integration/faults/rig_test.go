@@ -31,10 +31,9 @@ type rig struct {
 	containers int // started so far
 	faults     int // injected so far
 
-	left     []binding    // RootlessKit has these, because of faults so far
-	reserved map[int]bool // and dockerd keeps these ports from everyone
-	own      []string     // listeners of RootlessKit's own
-	before   counts       // of dockerd, without containers
+	left   []binding // RootlessKit has these, because of faults so far
+	own    []string  // listeners of RootlessKit's own
+	before counts    // of dockerd, without containers
 }
 
 // binding is a host port on one address, as RootlessKit has it.
@@ -64,9 +63,8 @@ func start(t *testing.T) *rig {
 	assert.NilError(t, err)
 	t.Cleanup(func() { assert.NilError(t, proxy.Close()) })
 	r := &rig{
-		d:        stacktest.Start(t, "dockerd", stack.Options{Env: stacktest.Behind(t, proxy.Socket)}),
-		proxy:    proxy,
-		reserved: map[int]bool{},
+		d:     stacktest.Start(t, "dockerd", stack.Options{Env: stacktest.Behind(t, proxy.Socket)}),
+		proxy: proxy,
 	}
 	r.docker = stacktest.HTTP(s)
 	r.own = listeners(t, r.d.Stack)
@@ -95,13 +93,8 @@ func start(t *testing.T) *rig {
 	return r
 }
 
-// keep takes note of a port that dockerd can't remove, and whether RootlessKit has it.
-func (r *rig) keep(b binding, held bool) {
-	r.reserved[b.port] = true
-	if held {
-		r.left = append(r.left, b)
-	}
-}
+// keep takes note of a port that RootlessKit has and dockerd can't remove.
+func (r *rig) keep(b binding) { r.left = append(r.left, b) }
 
 // settled waits until nothing is left on the host, in RootlessKit and in dockerd, but what
 // keep was told of.
@@ -218,6 +211,8 @@ func (r *rig) said(t *testing.T, mark int64) (said []string) {
 			said = append(said, fmt.Sprint("undone ", l.Port))
 		case l.Message == "driver failed revoking external connectivity on endpoint" && isRemoval: // the bridge driver's
 			said = append(said, "failed "+removal)
+		case strings.HasPrefix(l.Message, "RootlessKit did not answer the removal of a host port"):
+			said = append(said, "unanswered "+l.HostPort())
 		case strings.HasPrefix(l.Message, "RootlessKit may hold a host port"):
 			said = append(said, "held "+l.HostPort())
 		case strings.Contains(l.Message+l.Error, "RootlessKit"):

@@ -111,7 +111,7 @@ func (a *attempt) bindings() []portmapperapi.PortBinding {
 		pb := &pbs[i]
 		pb.PortBinding = addr.cfg.PortBinding.Copy()
 		pb.HostPort, pb.HostPortEnd = uint16(a.port), uint16(a.port)
-		pb.ChildHostIP = addr.child.AsSlice()
+		pb.ChildHostIP = addr.bind
 		pb.PortDriverRemove, pb.RootlesskitUnsupported = a.parts[i].remove, a.parts[i].unsupported
 		if !addr.shares {
 			pb.BoundSocket, socks = socks[0], socks[1:]

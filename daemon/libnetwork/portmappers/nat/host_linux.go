@@ -203,7 +203,10 @@ func (s *portSet) add(port int) { s[port/64] |= 1 << (port % 64) }
 
 // parse adds "8080,9000-9010" to the set. What can't be understood is left out.
 func (s *portSet) parse(text string) {
-	for part := range strings.SplitSeq(strings.TrimSpace(text), ",") {
+	if text = strings.TrimSpace(text); text == "" {
+		return
+	}
+	for part := range strings.SplitSeq(text, ",") {
 		a, b, isRange := strings.Cut(part, "-")
 		first, err := strconv.ParseUint(a, 10, 16)
 		last := first

@@ -3,6 +3,8 @@ package nat
 import (
 	"fmt"
 	"math/rand/v2"
+	"strconv"
+	"strings"
 	"sync/atomic"
 
 	"golang.org/x/sys/unix"
@@ -39,7 +41,10 @@ func newHostPorts(l *look, r *request, own *reservations, cursor *atomic.Int32) 
 	h := &hostPorts{look: l, own: own, first: r.first, last: r.last, dynamic: r.dynamic(), cursor: cursor}
 	if h.dynamic {
 		text := hostSetting(portRange)
-		if n, _ := fmt.Sscan(text, &h.first, &h.last); n != 2 || h.first < 1 || h.last > 65535 || h.last < h.first {
+		first, last, _ := strings.Cut(text, "\t")
+		h.first, _ = strconv.Atoi(first)
+		h.last, _ = strconv.Atoi(last)
+		if h.first < 1 || h.last > 65535 || h.last < h.first {
 			return nil, fmt.Errorf("%s is %q: want two ports", portRange, text)
 		}
 		h.done.parse(hostSetting(reservedPorts))

@@ -86,8 +86,11 @@ func (pm PortMapper) MapPorts(ctx context.Context, cfg []portmapperapi.PortBindi
 	if err != nil {
 		return nil, err
 	}
-	s := search{req: r, driver: m.driver, leases: m.leases, ports: newAllocatorPorts(r)}
+	s := search{req: r, driver: m.driver, leases: m.leases}
 	m.lookAtHost(ctx, &s)
+	if s.ports == nil {
+		s.ports = newAllocatorPorts(r)
+	}
 	if s.driver != nil || !r.fixed() {
 		if err := r.checkOverlap(); err != nil {
 			return nil, err

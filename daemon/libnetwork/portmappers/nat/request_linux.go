@@ -23,7 +23,8 @@ type request struct {
 // address is a host address, what stands in for it in the child namespace, and the caller's words for it.
 type address struct {
 	host, child netip.Addr
-	shares      bool // An address before it has the same child address.
+	bind        net.IP // bind is the child address, as upstream has it.
+	shares      bool   // An address before it has the same child address.
 	cfg         portmapperapi.PortBindingReq
 }
 
@@ -51,10 +52,13 @@ func newRequest(cfg []portmapperapi.PortBindingReq, driver PortDriverClient) (*r
 			}
 		}
 		for _, b := range r.addrs {
-			a.shares = a.shares || a.child == b.child
+			if a.child == b.child {
+				a.shares, a.bind = true, b.bind
+			}
 		}
 		if !a.shares {
-			r.binds = append(r.binds, a.child.AsSlice())
+			a.bind = a.child.AsSlice()
+			r.binds = append(r.binds, a.bind)
 		}
 		r.addrs = append(r.addrs, a)
 	}

@@ -42,15 +42,20 @@ type silence struct {
 // exposed is gone.
 func (s *silence) AddPort(ctx context.Context, proto string, hostIP, childIP netip.Addr, hostPort int) (func() error, error) {
 	e := &exposed{silence: s, ctx: ctx, at: netip.AddrPortFrom(hostIP, uint16(hostPort)), proto: proto, child: childIP}
-	err := s.call(e)
+	err := e.wait()
 	if err == nil {
 		return e.remove, nil
 	}
 	if isLost(err) {
-		e.warnLeft(err)
+		e.warn(err, answerLost)
 	}
 	return nil, err
 }
+
+const (
+	answerLost = "RootlessKit's answer was lost: it may hold the host port"
+	mayHold    = "RootlessKit may hold a host port: it failed to remove it"
+)
 
 // exposed is a port that RootlessKit is to expose on the host.
 type exposed struct {
@@ -61,6 +66,7 @@ type exposed struct {
 	child   netip.Addr
 	undo    func() error
 	removed atomic.Bool // removed is set when undo is to be called.
+	call    call        // call is the one that is waited for.
 }
 
 // remove undoes an AddPort. A removal that fails is tried again behind.
@@ -68,7 +74,7 @@ func (e *exposed) remove() error {
 	if e.removed.Swap(true) {
 		return errRemoved
 	}
-	err := e.call(e)
+	err := e.wait()
 	if _, gaveUp := err.(*unsettled); gaveUp {
 		e.warn(err, "RootlessKit did not answer the removal of a host port: it stays reserved until the answer comes")
 	} else if err != nil && isUnknownPort(err) {
@@ -91,20 +97,22 @@ func (e *exposed) ask() (err error) {
 
 // seeThrough has nothing left on the host after ask's answer, which nobody waits for any more.
 func (e *exposed) seeThrough(err error) {
-	if !e.removed.Load() {
-		if err == nil {
-			err = e.retry(e.undo())
-		} else if !isLost(err) {
-			err = nil
-		}
-		if err == nil {
-			e.warn(nil, "RootlessKit answered a port request after it was given up: undone")
-		}
-	} else {
+	adding := !e.removed.Load()
+	switch {
+	case adding && err != nil && isLost(err):
+		e.warn(err, answerLost)
+		return
+	case adding && err == nil:
+		err = e.retry(e.undo())
+	case adding: // It was refused.
+		err = nil
+	default:
 		err = e.retry(err)
 	}
 	if err != nil {
-		e.warnLeft(err)
+		e.warn(err, mayHold)
+	} else if adding {
+		e.warn(nil, "RootlessKit answered a port request after it was given up: undone")
 	}
 }
 
@@ -120,47 +128,38 @@ func (e *exposed) retry(err error) error {
 	return err
 }
 
-// warnLeft tells of a port that nobody will remove.
-func (e *exposed) warnLeft(err error) {
-	message := "RootlessKit may hold a host port: it failed to remove it"
-	if isLost(err) {
-		message = "RootlessKit's answer was lost: it may hold the host port"
-	}
-	e.warn(err, message)
-}
-
 func (e *exposed) warn(err error, message string) {
 	log.G(e.ctx).WithFields(log.Fields{"hostIP": e.at.Addr(), "port": e.at.Port(), "proto": e.proto, "error": err}).Warn(message)
 }
 
-// call has e ask on another thread, and waits for the answer. If it gives up, it returns an *unsettled. The
-// thread also makes asking cheaper: the caller's is locked in the child namespace. While RootlessKit is
-// silent, only a removal is sent once there is no time to wait for it.
-func (s *silence) call(e *exposed) error {
-	c := call{answer: make(chan error, 1)}
+// wait asks on another thread, and waits for the answer. If it gives up, it returns an *unsettled. The thread
+// also makes asking cheaper: the caller's is locked in the child namespace. While RootlessKit is silent, only
+// a removal is sent once there is no time to wait for it.
+func (e *exposed) wait() error {
 	start := time.Now()
-	wait, ok := s.begin(start, e.removed.Load())
+	left, ok := e.begin(start, e.removed.Load())
 	if !ok {
 		return fmt.Errorf("%w to others: not asked", errNoAnswer)
 	}
+	c := &e.call
+	*c = call{answer: make(chan error)}
 	go func() {
 		err := e.ask()
-		if s.end(&c) {
+		if e.end(c) {
 			c.answer <- err
 			return
 		}
 		e.seeThrough(err)
 		close(c.settled)
 	}()
-	for {
-		timer := time.NewTimer(wait)
+	for timer := time.NewTimer(left); ; timer.Reset(left) {
 		select {
 		case err := <-c.answer:
 			timer.Stop()
 			return err
 		case <-timer.C:
 		}
-		if wait = s.giveUp(&c); wait == 0 {
+		if left = e.giveUp(c); left == 0 {
 			return &unsettled{fmt.Errorf("%w (%s)", errNoAnswer, time.Since(start).Round(time.Millisecond)), c.settled}
 		}
 	}
@@ -169,7 +168,7 @@ func (s *silence) call(e *exposed) error {
 // call is one call of a driver.
 type call struct {
 	answer   chan error
-	answered bool
+	answered bool          // answered is set when the answer is about to be sent.
 	settled  chan struct{} // settled is made when it is given up.
 }
 
