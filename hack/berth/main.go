@@ -92,6 +92,7 @@ claimed (stress).`,
 		newStressCommand(),
 		newInstallCommand(),
 		newUninstallCommand(),
+		newManCommand(),
 	)
 	cmd.SetFlagErrorFunc(misuse)
 	cmd.PersistentPreRunE = func(cmd *cobra.Command, _ []string) error { return misuse(cmd, cmd.ValidateFlagGroups()) }

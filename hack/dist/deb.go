@@ -23,7 +23,7 @@ func (r release) deb(ctx context.Context, stage, arch string) error {
 		return err
 	}
 	extra := stage + ".deb" // what the archive has not
-	if err := os.MkdirAll(extra, 0o755); err != nil {
+	if err := os.MkdirAll(filepath.Join(extra, "man"), 0o755); err != nil {
 		return err
 	}
 	notice, err := os.ReadFile(filepath.Join(stage, "NOTICE"))
@@ -36,6 +36,19 @@ func (r release) deb(ctx context.Context, stage, arch string) error {
 	}
 	changelog := fmt.Sprintf("berth (%s) unstable; urgency=medium\n\n  * See CHANGELOG.md.gz.\n\n -- Berth <berth@berth.invalid>  %s\n",
 		r.Version, r.Time.Format(time.RFC1123Z))
+	pages, err := filepath.Glob(filepath.Join(stage, "man", "*.1"))
+	if err != nil {
+		return err
+	}
+	for _, page := range pages {
+		text, err := os.ReadFile(page)
+		if err != nil {
+			return err
+		}
+		if err := zip(filepath.Join(extra, "man", filepath.Base(page)+".gz"), text); err != nil {
+			return err
+		}
+	}
 	for name, text := range map[string][]byte{"NOTICE.gz": notice, "CHANGELOG.md.gz": changes, "changelog.gz": []byte(changelog)} {
 		if err := zip(filepath.Join(extra, name), text); err != nil {
 			return err

@@ -134,7 +134,7 @@ func (r release) pack(ctx context.Context, arch string) error {
 	}{
 		{"programs", func() error { return r.stagePrograms(ctx, stage, arch) }},
 		{"licences", func() error { return r.notice(ctx, filepath.Join(stage, "NOTICE"), arch) }},
-		{"completions", func() error { return r.completions(ctx, filepath.Join(stage, "completions")) }},
+		{"completions and manual pages", func() error { return r.generated(ctx, stage) }},
 		{"archive", func() error { return archive(filepath.Join(r.out, name+".tar.gz"), stage, r.Time) }},
 		{"Debian package", func() error { return r.deb(ctx, stage, arch) }},
 		{"bills of materials", func() error { return r.boms(ctx, stage, name) }},
@@ -201,13 +201,14 @@ func goEnv(arch string) []string {
 	return []string{"GOOS=linux", "GOARCH=" + arch, "CGO_ENABLED=0", "GOWORK=off", "GOFLAGS=-mod=readonly", "GOAMD64=v1", "GOARM64=v8.0"}
 }
 
-// completions are cobra's: the command itself writes them.
-func (r release) completions(ctx context.Context, dir string) error {
-	native := filepath.Join(filepath.Dir(filepath.Dir(dir)), "berth")
+// generated has cobra write what it knows of the commands: completions and manual pages.
+func (r release) generated(ctx context.Context, stage string) error {
+	native := filepath.Join(filepath.Dir(stage), "berth")
 	if err := buildBerth(ctx, r.root, runtime.GOARCH, native); err != nil {
 		return err
 	}
-	if err := os.MkdirAll(dir, 0o755); err != nil {
+	completions := filepath.Join(stage, "completions")
+	if err := os.MkdirAll(completions, 0o755); err != nil {
 		return err
 	}
 	for _, shell := range []string{"bash", "zsh", "fish"} {
@@ -215,12 +216,16 @@ func (r release) completions(ctx context.Context, dir string) error {
 		if err != nil {
 			return err
 		}
-		if err := os.WriteFile(filepath.Join(dir, "berth."+shell), []byte(text), 0o644); err != nil {
+		if err := os.WriteFile(filepath.Join(completions, "berth."+shell), []byte(text), 0o644); err != nil {
 			return err
 		}
 	}
-	return nil
+	_, err := output(ctx, r.root, "env", r.epoch(), native, "man", filepath.Join(stage, "man"))
+	return err
 }
+
+// epoch tells tools what to date things by.
+func (r release) epoch() string { return "SOURCE_DATE_EPOCH=" + strconv.FormatInt(r.Time.Unix(), 10) }
 
 // boms lists the modules of each program, as CycloneDX.
 func (r release) boms(ctx context.Context, stage, name string) error {
@@ -239,8 +244,7 @@ func (r release) boms(ctx context.Context, stage, name string) error {
 
 // tool runs one of tools.mod's.
 func (r release) tool(ctx context.Context, name string, args ...string) (string, error) {
-	args = append([]string{"SOURCE_DATE_EPOCH=" + strconv.FormatInt(r.Time.Unix(), 10), "GOWORK=off", "GOFLAGS=",
-		"go", "tool", "-modfile=" + filepath.Join("hack", "dist", "tools.mod"), name}, args...)
+	args = append([]string{r.epoch(), "GOWORK=off", "GOFLAGS=", "go", "tool", "-modfile=" + filepath.Join("hack", "dist", "tools.mod"), name}, args...)
 	return output(ctx, r.root, "env", args...)
 }
 

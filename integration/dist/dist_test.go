@@ -73,6 +73,10 @@ func TestPackageInARootOfItsOwn(t *testing.T) {
 		return run(t, cmd)
 	}
 	dpkg("-i", packages[0])
+	for _, file := range []string{"usr/bin/berth", "usr/share/man/man1/berth-install.1.gz", "usr/share/doc/berth/NOTICE.gz", "usr/share/doc/berth/examples/stress.sh"} {
+		_, err := os.Stat(filepath.Join(root, file))
+		assert.NilError(t, err)
+	}
 	assert.Check(t, is.Contains(in("/usr/bin/berth", "install"), "systemctl --user restart docker\n"))
 	dropIn, err := os.ReadFile(filepath.Join(root, home, ".config/systemd/user/docker.service.d/berth.conf"))
 	assert.NilError(t, err)
