@@ -18,10 +18,6 @@ var nfpmConfig string
 
 // deb has nfpm make a package of what is staged for the archive. It lies beside Docker's own, and replaces nothing of it.
 func (r release) deb(ctx context.Context, stage, arch string) error {
-	out, err := filepath.Abs(r.out)
-	if err != nil {
-		return err
-	}
 	extra := stage + ".deb" // what the archive has not
 	if err := os.MkdirAll(filepath.Join(extra, "man"), 0o755); err != nil {
 		return err
@@ -70,7 +66,7 @@ func (r release) deb(ctx context.Context, stage, arch string) error {
 	if err := os.WriteFile(name, config.Bytes(), 0o644); err != nil {
 		return err
 	}
-	file := filepath.Join(out, fmt.Sprintf("berth_%s_%s.deb", r.Version, arch))
+	file := filepath.Join(r.out, fmt.Sprintf("berth_%s_%s.deb", r.Version, arch))
 	if _, err := r.tool(ctx, "nfpm", "package", "--config", name, "--packager", "deb", "--target", file); err != nil {
 		return err
 	}

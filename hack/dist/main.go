@@ -59,6 +59,9 @@ func run(ctx context.Context, out string, archs []string) error {
 	if err != nil {
 		return err
 	}
+	if out, err = filepath.Abs(out); err != nil {
+		return err
+	}
 	r := release{root: root, out: out + ".tmp"}
 	list, err := pins.Load(filepath.Join(root, "vendor.conf"))
 	if err != nil {
@@ -118,16 +121,10 @@ var programs = []string{"berth", "dockerd", "docker-proxy"}
 
 // pack makes the files of the release that are for one architecture.
 func (r release) pack(ctx context.Context, arch string) error {
-	stages, err := os.MkdirTemp("", "berth-dist-")
-	if err != nil {
-		return err
-	}
+	stages := filepath.Join(r.out, "stage")
 	defer os.RemoveAll(stages)
 	name := fmt.Sprintf("berth-%s-linux-%s", r.Version, arch)
 	stage := filepath.Join(stages, name)
-	if err := os.MkdirAll(r.out, 0o755); err != nil {
-		return err
-	}
 	for _, step := range []struct {
 		what string
 		do   func() error
@@ -229,12 +226,8 @@ func (r release) epoch() string { return "SOURCE_DATE_EPOCH=" + strconv.FormatIn
 
 // boms lists the modules of each program, as CycloneDX.
 func (r release) boms(ctx context.Context, stage, name string) error {
-	out, err := filepath.Abs(r.out)
-	if err != nil {
-		return err
-	}
 	for _, program := range programs {
-		file := filepath.Join(out, strings.Replace(name, "berth", program, 1)+".cdx.json")
+		file := filepath.Join(r.out, strings.Replace(name, "berth", program, 1)+".cdx.json")
 		if _, err := r.tool(ctx, "cyclonedx-gomod", "bin", "-json", "-noserial", "-version", r.Version, "-output", file, filepath.Join(stage, program)); err != nil {
 			return err
 		}

@@ -3,10 +3,8 @@ package main
 import (
 	"bytes"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"runtime"
-	"strings"
 	"testing"
 	"time"
 
@@ -15,21 +13,17 @@ import (
 
 // Two copies of the checkout, in folders of different names and made at different times, come out as the same archive.
 func TestArchiveIsTheSameFromTwoFolders(t *testing.T) {
-	files, err := exec.Command("git", "-C", "../..", "ls-files", "--cached", "--others", "--exclude-standard", "-z", "--", "go.mod", "go.sum", "hack", "integration", "README.md").Output()
-	assert.NilError(t, err)
 	var archives [][]byte
 	for i, name := range []string{"a", "a-longer-name"} {
 		top := t.TempDir()
 		root, stage := filepath.Join(top, name), filepath.Join(top, "berth-1")
-		for file := range strings.SplitSeq(strings.TrimSuffix(string(files), "\x00"), "\x00") {
-			data, err := os.ReadFile(filepath.Join("../..", file))
-			if os.IsNotExist(err) { // removed, and not committed yet
-				continue
-			}
+		for _, dir := range []string{"hack", "integration"} {
+			assert.NilError(t, os.CopyFS(filepath.Join(root, dir), os.DirFS(filepath.Join("../..", dir))))
+		}
+		for _, name := range []string{"go.mod", "go.sum"} {
+			data, err := os.ReadFile(filepath.Join("../..", name))
 			assert.NilError(t, err)
-			to := filepath.Join(root, file)
-			assert.NilError(t, os.MkdirAll(filepath.Dir(to), 0o755))
-			assert.NilError(t, os.WriteFile(to, data, 0o644))
+			assert.NilError(t, os.WriteFile(filepath.Join(root, name), data, 0o644))
 		}
 		assert.NilError(t, os.MkdirAll(stage, 0o700+os.FileMode(i)))
 		assert.NilError(t, os.WriteFile(filepath.Join(stage, "README.md"), []byte("read me"), 0o600+os.FileMode(i)<<2))

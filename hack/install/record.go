@@ -21,6 +21,9 @@ type record struct {
 func (o Options) unsettled() string { return filepath.Join(o.Home, ".berth-install.json") }
 func (o Options) settled() string   { return filepath.Join(o.lib(), "install.json") }
 
+// scratch is a runtime folder for systemd-analyze, which makes another in it and cannot do without. It is there during an Install only.
+func (o Options) scratch() string { return filepath.Join(o.lib(), "verify.tmp") }
+
 // load is the record of the last Install, empty if there is none.
 func (o Options) load() (r record, _ error) {
 	for _, name := range []string{o.unsettled(), o.settled()} {
@@ -82,6 +85,9 @@ func (o Options) keep(r record, files []string) error {
 		if err := os.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
+	}
+	if err := os.RemoveAll(o.scratch()); err != nil {
+		return err
 	}
 	var dirs []string
 	for _, dir := range slices.Backward(r.Dirs) {

@@ -9,7 +9,9 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"strings"
+	"syscall"
 )
 
 // unit is the user's docker.service, as dockerd-rootless-setuptool.sh makes it.
@@ -83,14 +85,15 @@ func (o Options) verify(ctx context.Context, u *unit) error {
 		fmt.Fprintln(o.Out, "there is no systemd-analyze here to check that with")
 		return nil
 	}
-	// It makes a folder in the user's runtime folder, and cannot do without one.
-	runtime, err := os.MkdirTemp("", "berth-verify-")
-	if err != nil {
+	if err := os.MkdirAll(o.scratch(), 0o700); err != nil {
 		return err
 	}
-	defer os.RemoveAll(runtime)
 	cmd := exec.CommandContext(ctx, analyze, "--user", "verify", u.path)
-	cmd.Env = append(os.Environ(), "HOME="+o.Home, "XDG_CONFIG_HOME="+o.Config, "XDG_RUNTIME_DIR="+runtime)
+	cmd.Env = append(os.Environ(), "HOME="+o.Home, "XDG_CONFIG_HOME="+o.Config, "XDG_RUNTIME_DIR="+o.scratch())
+	// If we are killed it must not go on, and make that folder again. The signal comes when our thread ends.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	out, err := cmd.CombinedOutput()
 	if err == nil && bytes.Contains(out, []byte(o.dropIn())) {
 		err = errors.New("it does not understand the drop-in")

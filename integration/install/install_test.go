@@ -14,6 +14,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"gotest.tools/v3/assert"
 	is "gotest.tools/v3/assert/cmp"
@@ -92,16 +93,20 @@ func tree(t *testing.T, dir string) string {
 	return string(out)
 }
 
+func command(dir string, owner *syscall.Credential, args ...string) *exec.Cmd {
+	cmd := exec.Command(filepath.Join(dir, "berth/berth"), args...)
+	cmd.Dir = "/"
+	cmd.Env = []string{"HOME=" + dir, "PATH=/usr/bin:/bin", "TMPDIR=" + dir} // where Debian has no Go; what is left anywhere is seen
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: owner}
+	return cmd
+}
+
 func TestInstallAndBackWithoutGoOrACheckout(t *testing.T) {
 	dir, owner := home(t)
 	before := tree(t, dir)
 	berth := func(args ...string) string {
 		t.Helper()
-		cmd := exec.Command(filepath.Join(dir, "berth/berth"), args...)
-		cmd.Dir = "/"
-		cmd.Env = []string{"HOME=" + dir, "PATH=/usr/bin:/bin"} // where Debian has no Go
-		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: owner}
-		out, err := cmd.CombinedOutput()
+		out, err := command(dir, owner, args...).CombinedOutput()
 		assert.NilError(t, err, "%s", out)
 		return string(out)
 	}
@@ -128,6 +133,37 @@ func TestInstallAndBackWithoutGoOrACheckout(t *testing.T) {
 	assert.Check(t, is.Contains(berth("uninstall"), "Docker has its own dockerd again"))
 	assert.Equal(t, tree(t, dir), before)
 	assert.Equal(t, berth("uninstall"), "nothing is installed\n")
+}
+
+// However far it came: a kill -9 leaves what can be taken back, Ctrl-C nothing.
+func TestInterruptedInstallGoesBack(t *testing.T) {
+	dir, owner := home(t)
+	before := tree(t, dir)
+	start := time.Now()
+	for _, args := range []string{"install", "uninstall"} {
+		out, err := command(dir, owner, args).CombinedOutput()
+		assert.NilError(t, err, "%s", out)
+	}
+	const steps = 5
+	took := time.Since(start)
+	for i := range steps {
+		for _, sig := range []os.Signal{syscall.SIGKILL, os.Interrupt} {
+			cmd := command(dir, owner, "install")
+			assert.NilError(t, cmd.Start())
+			time.Sleep(took * time.Duration(i) / steps)
+			if err := cmd.Process.Signal(sig); err != nil {
+				assert.ErrorIs(t, err, os.ErrProcessDone)
+			}
+			err := cmd.Wait()
+			if sig == os.Interrupt && err != nil && cmd.ProcessState.Exited() { // else it ended before it could answer
+				assert.Equal(t, tree(t, dir), before)
+				continue
+			}
+			out, err := command(dir, owner, "uninstall").CombinedOutput()
+			assert.NilError(t, err, "%s", out)
+			assert.Equal(t, tree(t, dir), before)
+		}
+	}
 }
 
 // An image as Docker's own, which are made from Alpine, has no loader of the usual C library.
