@@ -228,7 +228,7 @@ func (r release) epoch() string { return "SOURCE_DATE_EPOCH=" + strconv.FormatIn
 func (r release) boms(ctx context.Context, stage, name string) error {
 	for _, program := range programs {
 		file := filepath.Join(r.out, strings.Replace(name, "berth", program, 1)+".cdx.json")
-		if _, err := r.tool(ctx, "cyclonedx-gomod", "bin", "-json", "-noserial", "-version", r.Version, "-output", file, filepath.Join(stage, program)); err != nil {
+		if _, err := r.tool(ctx, "cyclonedx-gomod", "bin", "-json", "-std", "-noserial", "-notimestamp", "-version", r.Version, "-output", file, filepath.Join(stage, program)); err != nil {
 			return err
 		}
 	}
@@ -237,7 +237,7 @@ func (r release) boms(ctx context.Context, stage, name string) error {
 
 // tool runs one of tools.mod's.
 func (r release) tool(ctx context.Context, name string, args ...string) (string, error) {
-	args = append([]string{r.epoch(), "GOWORK=off", "GOFLAGS=", "go", "tool", "-modfile=" + filepath.Join("hack", "dist", "tools.mod"), name}, args...)
+	args = append([]string{r.epoch(), "GOWORK=off", "GOFLAGS=-trimpath", "go", "tool", "-modfile=" + filepath.Join("hack", "dist", "tools.mod"), name}, args...)
 	return output(ctx, r.root, "env", args...)
 }
 
