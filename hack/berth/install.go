@@ -2,6 +2,8 @@ package main
 
 import (
 	"errors"
+	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 
@@ -55,6 +57,40 @@ What to restart is printed.`,
 	}
 	cmd.Flags().BoolVar(&o.DryRun, "dry-run", false, "print what would be done, and do nothing")
 	return cmd
+}
+
+// installed tells about the user's own Docker; nil for root, who has no rootless one.
+func installed(cmd *cobra.Command) (*install.State, error) {
+	if os.Getuid() == 0 {
+		return nil, nil
+	}
+	var o install.Options
+	if err := complete(cmd, &o); err != nil {
+		return nil, err
+	}
+	s, err := install.Installed(cmd.Context(), o)
+	return &s, err
+}
+
+func printInstalled(w io.Writer, s *install.State) {
+	switch {
+	case s.Half:
+		fmt.Fprintln(w, "installed\thalf: `berth install` or `berth uninstall` was interrupted, run it again")
+	case s.Dockerd == "":
+		fmt.Fprintln(w, "installed\tno: `berth install` has your rootless Docker run the patched daemon")
+	case s.Unit:
+		fmt.Fprintf(w, "installed\t%s, for your docker.service\n", s.Version)
+	default:
+		fmt.Fprintf(w, "installed\t%s, for where DOCKERD is set to %s\n", s.Version, s.Dockerd)
+	}
+	switch {
+	case s.Running == "":
+		fmt.Fprintln(w, "your Docker\tnot up")
+	case s.Version != "" && s.Running != s.Version:
+		fmt.Fprintf(w, "your Docker\t%s is up: restart it to run the installed one\n", s.Running)
+	default:
+		fmt.Fprintf(w, "your Docker\t%s is up\n", s.Running)
+	}
 }
 
 // complete adds who runs the command, and from where.

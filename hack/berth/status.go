@@ -14,6 +14,7 @@ import (
 
 	"berth/hack/build"
 	"berth/hack/checkout"
+	"berth/hack/install"
 	"berth/hack/stack"
 )
 
@@ -24,6 +25,8 @@ type report struct {
 	Built   built `json:"built"`
 	// Differs tells whether a restart would take another dockerd than the one that is up.
 	Differs bool `json:"differs"`
+	// Installed is about the user's own Docker; nil for root, who has no rootless one.
+	Installed *install.State `json:"installed,omitempty"`
 }
 
 // built is the dockerd that a restart would take.
@@ -39,7 +42,8 @@ func newStatusCommand() *cobra.Command {
 		Short: "Tell what is up, and what it has",
 		Long: `Tell whether the stack is up, as whom, with which daemon, and whether another one was built
 since; how it is connected to the host; and what its containers publish. That a stack is not up is
-no error.`,
+no error. Then, whether the patched daemon is installed for your own rootless Docker ("berth install"),
+and which one that runs.`,
 		Example: `  berth status
   berth status --json`,
 		Args: noArguments,
@@ -47,15 +51,29 @@ no error.`,
 	name := nameFlag(cmd.Flags())
 	asJSON := cmd.Flags().Bool("json", false, "print all of it as JSON")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		s, o, err := at(cmd, *name)
+		installed, err := installed(cmd)
 		if err != nil {
 			return err
+		}
+		s, o, err := at(cmd, *name)
+		if err != nil {
+			if installed == nil || *name != "" {
+				return err
+			}
+			// From a package: there is no checkout, and so no stack of this command's.
+			if *asJSON {
+				return writeJSON(cmd.OutOrStdout(), report{Installed: installed})
+			}
+			w := tabwriter.NewWriter(cmd.OutOrStdout(), 0, 0, 2, ' ', 0)
+			defer w.Flush()
+			printInstalled(w, installed)
+			return nil
 		}
 		status, err := s.Status(cmd.Context())
 		if err != nil {
 			return err
 		}
-		r := report{Status: status, Built: built{Path: status.Options.Dockerd}}
+		r := report{Status: status, Built: built{Path: status.Options.Dockerd}, Installed: installed}
 		if r.Built.Path == "" {
 			r.Built.Path = checkout.Bin(o.Checkout, "dockerd")
 		}
@@ -67,14 +85,18 @@ no error.`,
 			r.Differs = d.SHA256 != r.Built.SHA256
 		}
 		if *asJSON {
-			e := json.NewEncoder(cmd.OutOrStdout())
-			e.SetIndent("", "  ")
-			return e.Encode(r)
+			return writeJSON(cmd.OutOrStdout(), r)
 		}
 		r.print(cmd.OutOrStdout(), *name)
 		return nil
 	}
 	return cmd
+}
+
+func writeJSON(out io.Writer, r report) error {
+	e := json.NewEncoder(out)
+	e.SetIndent("", "  ")
+	return e.Encode(r)
 }
 
 func (r report) print(out io.Writer, name string) {
@@ -129,6 +151,9 @@ func (r report) print(out io.Writer, name string) {
 	}
 	for _, c := range r.Has {
 		line("", "%s, %s %s", c.Name, c.State, strings.Join(c.Ports, " "))
+	}
+	if r.Installed != nil {
+		printInstalled(w, r.Installed)
 	}
 }
 

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"net"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
@@ -124,6 +126,34 @@ func TestInstallAndBack(t *testing.T) {
 	said.Reset()
 	assert.NilError(t, Uninstall(t.Context(), o))
 	assert.Equal(t, said.String(), "nothing is installed\n")
+}
+
+func TestInstalledTellsOfItsUser(t *testing.T) {
+	runtime := t.TempDir()
+	t.Setenv("XDG_RUNTIME_DIR", runtime)
+	o := home(t, "29.1.0")
+	state := func() State {
+		t.Helper()
+		s, err := Installed(t.Context(), o)
+		assert.NilError(t, err)
+		return s
+	}
+	assert.DeepEqual(t, state(), State{})
+	assert.NilError(t, Install(t.Context(), o))
+	dockerd := filepath.Join(o.lib(), version, "dockerd")
+	assert.DeepEqual(t, state(), State{Dockerd: dockerd, Version: version, Unit: true})
+
+	l, err := net.Listen("unix", filepath.Join(runtime, "docker.sock"))
+	assert.NilError(t, err)
+	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		fmt.Fprintln(w, `{"Version": "29.1.0", "ApiVersion": "1.52", "MinAPIVersion": "1.44"}`)
+	})}
+	go server.Serve(l)
+	t.Cleanup(func() { server.Close() })
+	assert.DeepEqual(t, state(), State{Dockerd: dockerd, Version: version, Unit: true, Running: "29.1.0"})
+
+	write(t, o.unsettled(), "{}")
+	assert.Check(t, state().Half)
 }
 
 func TestUpdateReplacesTheOldVersion(t *testing.T) {

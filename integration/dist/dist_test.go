@@ -79,6 +79,7 @@ func TestPackageInARootOfItsOwn(t *testing.T) {
 		assert.NilError(t, err)
 	}
 	assert.Check(t, is.Contains(in("/usr/bin/berth", "install"), "systemctl --user restart docker\n"))
+	assert.Check(t, is.Contains(in("/usr/bin/berth", "status"), ", for your docker.service\nyour Docker  not up\n"))
 	dropIn, err := os.ReadFile(filepath.Join(root, home, ".config/systemd/user/docker.service.d/berth.conf"))
 	assert.NilError(t, err)
 	_, dockerd, ok := strings.Cut(string(dropIn), `"DOCKERD=`)

@@ -96,7 +96,7 @@ func tree(t *testing.T, dir string) string {
 func command(dir string, owner *syscall.Credential, args ...string) *exec.Cmd {
 	cmd := exec.Command(filepath.Join(dir, "berth/berth"), args...)
 	cmd.Dir = "/"
-	cmd.Env = []string{"HOME=" + dir, "PATH=/usr/bin:/bin", "TMPDIR=" + dir} // where Debian has no Go; what is left anywhere is seen
+	cmd.Env = []string{"HOME=" + dir, "PATH=/usr/bin:/bin", "TMPDIR=" + dir, "XDG_RUNTIME_DIR=" + dir} // where Debian has no Go; what is left anywhere is seen
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: owner}
 	return cmd
 }
@@ -113,9 +113,14 @@ func TestInstallAndBackWithoutGoOrACheckout(t *testing.T) {
 
 	assert.Check(t, is.Contains(berth("install", "--dry-run"), "nothing was changed\n"))
 	assert.Equal(t, tree(t, dir), before)
+	assert.Check(t, is.Contains(berth("status"), "installed    no: `berth install` has"))
 	said := berth("install")
 	assert.Check(t, is.Contains(said, "systemd-analyze --user verify finds no fault with it\n"))
 	assert.Check(t, is.Contains(said, "systemctl --user restart docker\n"))
+
+	status := berth("status")
+	assert.Check(t, is.Contains(status, "+berth."))
+	assert.Check(t, is.Contains(status, ", for your docker.service\nyour Docker  not up\n"))
 
 	// As systemd would.
 	dropIn, err := os.ReadFile(filepath.Join(dir, ".config/systemd/user/docker.service.d/berth.conf"))
