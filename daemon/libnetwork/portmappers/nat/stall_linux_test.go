@@ -2,11 +2,11 @@ package nat
 
 import (
 	"context"
-	"fmt"
 	"io"
 	"net/netip"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -218,47 +218,42 @@ func TestRemovalsThatAreAnsweredWithErrors(t *testing.T) {
 // Callers that ask for ports on one host address don't fail those of another.
 func TestSearchThatEndsFailsNobody(t *testing.T) {
 	const first, n = 18200, 300
-	f := newFake(t)
-	inChild(t)
-	occupy(t, "tcp", "127.0.0.1", first, first+n-1)
-	for port := first; port < first+n; port++ {
-		f.others[mapping{"tcp", netip.MustParseAddr("127.0.0.1"), port}] = true
-	}
-	ctx, _ := logged()
-	pm := NewPortMapper(Config{RlkClient: f})
-	var (
-		wg     sync.WaitGroup
-		got    [n][]portmapperapi.PortBinding
-		failed = make(chan error, n)
-	)
-	wg.Go(func() {
-		for i := range n {
-			pbs, err := pm.MapPorts(ctx, ask(types.TCP, first+i, first+i, "127.0.0.2"))
-			if err != nil {
-				failed <- err
+	for name, size := range map[string]int{"fixed ports": 1, "ranges": 3} {
+		t.Run(name, func(t *testing.T) {
+			f := newFake(t)
+			inChild(t)
+			occupy(t, "tcp", "127.0.0.1", first, first+n+size)
+			for port := first; port <= first+n+size; port++ {
+				f.others[mapping{"tcp", netip.MustParseAddr("127.0.0.1"), port}] = true
 			}
-			got[i] = pbs
-		}
-		close(failed)
-	})
-	searches := 0
-	for published := false; !published; searches++ {
-		_, err := pm.MapPorts(ctx, ask(types.TCP, first, first+n-1, "127.0.0.1"))
-		assert.Check(t, is.ErrorContains(err, fmt.Sprintf("%d tried", n)))
-		select {
-		case err, ok := <-failed:
-			published = !ok
-			assert.Check(t, err, "beside search %d", searches)
-		default:
-		}
+			ctx, _ := logged()
+			pm := NewPortMapper(Config{RlkClient: f})
+			var (
+				wg  sync.WaitGroup
+				at  atomic.Int32
+				got [n][]portmapperapi.PortBinding
+			)
+			at.Store(first)
+			wg.Go(func() {
+				for i := range n {
+					var err error
+					got[i], err = pm.MapPorts(ctx, ask(types.TCP, first+i, first+i, "127.0.0.2"))
+					assert.Check(t, err)
+					at.Add(1)
+				}
+			})
+			searches := 0
+			for port := int(at.Load()); port < first+n; port = int(at.Load()) {
+				_, err := pm.MapPorts(ctx, ask(types.TCP, port, port+size-1, "127.0.0.1"))
+				assert.Check(t, is.ErrorContains(err, "address already in use"))
+				searches++
+			}
+			wg.Wait()
+			assert.Check(t, searches > 1, "they ran beside each other")
+			for _, pbs := range got {
+				assert.Check(t, pm.UnmapPorts(ctx, pbs))
+			}
+			freeFilters()
+		})
 	}
-	wg.Wait()
-	for err := range failed {
-		assert.Check(t, err)
-	}
-	assert.Check(t, searches > 1, "they ran beside each other")
-	for _, pbs := range got {
-		assert.Check(t, pm.UnmapPorts(ctx, pbs))
-	}
-	freeFilters()
 }
