@@ -28,13 +28,11 @@ func (h *hanging) hang() {
 	h.goOn = make(chan struct{})
 }
 
-// resume has it go on. Who gave up before is seen through when it returns.
 func (h *hanging) resume() {
 	h.gate.Lock()
+	defer h.gate.Unlock()
 	close(h.goOn)
 	h.goOn = nil
-	h.gate.Unlock()
-	synctest.Wait()
 }
 
 func (h *hanging) wait() {
@@ -132,6 +130,7 @@ func TestSilenceLastsUntilAnyAnswer(t *testing.T) {
 		assert.Check(t, add(20002) <= allowance, "it is silent still")
 		// The answer to a call that was given up ends it.
 		h.resume()
+		synctest.Wait()
 		assert.Check(t, is.Equal(took(func() { assert.Check(t, remove()) }), time.Duration(0)))
 		h.hang()
 		assert.Check(t, is.Equal(add(20003), patience))
