@@ -35,11 +35,11 @@ var subjects = map[string]func(h *hanging) subject{
 	},
 	"pasta": func(*hanging) subject {
 		p := &pasta{own: map[ownPort]ownBindings{}}
-		return subject{client: func() PortDriverClient { return p.client(false) }}
+		return subject{client: func() PortDriverClient { return p.client(&request{first: 1, last: 2}, false) }}
 	},
 	"pasta, a fixed port": func(*hanging) subject {
 		p := &pasta{own: map[ownPort]ownBindings{}}
-		return subject{client: func() PortDriverClient { return p.client(true) }}
+		return subject{client: func() PortDriverClient { return p.client(&request{first: 1, last: 2}, true) }}
 	},
 }
 

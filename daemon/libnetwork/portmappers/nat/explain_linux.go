@@ -74,6 +74,9 @@ func advice(err error, r *request, known facts) string {
 		}
 		return fmt.Sprintf("; stop what holds it (sudo ss -%s 'sport = :%d' on the host tells), or publish another host port, or 0 for any free one", sockets, port)
 	case ours:
+		if host == nil {
+			return "; stop the container that has it, or publish another host port, or 0 for any free one"
+		}
 		return "; stop the container that has it (if none has, RootlessKit was left with it, and the daemon's log says so: restart the rootless daemon), or publish another host port, or 0 for any free one"
 	case privileged:
 		return fmt.Sprintf("; ports below net.ipv4.ip_unprivileged_port_start need a privilege: publish a port from %d up, or lower that limit on the host (sudo sysctl -w net.ipv4.ip_unprivileged_port_start=%d), or give rootlesskit the capability (sudo setcap cap_net_bind_service=ep on its binary)", limit, port)
@@ -84,7 +87,7 @@ func advice(err error, r *request, known facts) string {
 	case unserved:
 		return "; use another protocol or host address, or another port driver (DOCKERD_ROOTLESS_ROOTLESSKIT_PORT_DRIVER)"
 	case noRoom:
-		return "; raise the limits of the rootless daemon (ulimit -n)"
+		return "; raise the limits of the daemon (ulimit -n)"
 	case unreached:
 		return "; see whether RootlessKit is running and its api.sock can be reached, and restart the rootless daemon"
 	}

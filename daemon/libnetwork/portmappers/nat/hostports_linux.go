@@ -24,7 +24,8 @@ const (
 // and of the dynamic range from the one on that comes after the port given last.
 type hostPorts struct {
 	look        *look
-	own         *reservations // This daemon's own ports need no look.
+	req         *request
+	own         *reservations // What this daemon has on the same child address needs no look.
 	first, last int
 	dynamic     bool
 	cursor      *atomic.Int32 // cursor is the dynamic port that was given last.
@@ -33,12 +34,13 @@ type hostPorts struct {
 	done     portSet // done has the ports that were given, or taken, or are not to be used.
 	tried    int     // tried is the number of ports looked at, or given.
 	row      int     // row is the number of taken ports in a row.
-	refusals int
-	taken    error // taken is the last look that found a port taken.
+	refusals int     // refusals is the number of the driver's.
+	unbound  int     // unbound is the number of ports that did not bind in the child.
+	taken    error   // taken is the last look that found a port taken.
 }
 
 func newHostPorts(l *look, r *request, own *reservations, cursor *atomic.Int32) (*hostPorts, error) {
-	h := &hostPorts{look: l, own: own, first: r.first, last: r.last, dynamic: r.dynamic(), cursor: cursor}
+	h := &hostPorts{look: l, req: r, own: own, first: r.first, last: r.last, dynamic: r.dynamic(), cursor: cursor}
 	if h.dynamic {
 		text := hostSetting(portRange)
 		first, last, _ := strings.Cut(text, "\t")
@@ -60,8 +62,14 @@ func (h *hostPorts) next() (first, last int, ok bool) {
 	port := 0
 	if h.tried == 0 {
 		port = h.step() // Without a look: it is free as a rule, and to look takes another thread.
-	} else if h.refusals < maxRefusals {
-		h.own.ports(h.look.proto, &h.done)
+	} else if h.refusals < maxRefusals || !h.dynamic {
+		h.own.each(func(p childPort) {
+			for i := range h.req.addrs {
+				if p == h.req.childPort(i, int(p.at.Port())) {
+					h.done.add(int(p.at.Port()))
+				}
+			}
+		})
 		if !onHost(func() { port = h.find() }) {
 			port = h.step() // The port driver will see.
 		}
@@ -108,10 +116,11 @@ func (h *hostPorts) step() int {
 func (h *hostPorts) jump() { h.row, h.at = 0, h.first+rand.N(h.last-h.first+1) }
 
 func (h *hostPorts) refused(_, port int) {
-	if port == 0 || !h.dynamic { // The child's are not the driver's to know.
-		return
+	limit, n := jumpAfterRefusals, &h.refusals
+	if port == 0 { // The child's are not the driver's to know.
+		limit, n = maxRefusals, &h.unbound
 	}
-	if h.refusals++; h.refusals%jumpAfterRefusals == 0 {
+	if *n++; h.dynamic && *n%limit == 0 {
 		h.jump()
 	}
 }

@@ -18,6 +18,7 @@ import (
 	"github.com/containerd/log"
 	"github.com/moby/moby/v2/daemon/libnetwork/portmapperapi"
 	"github.com/moby/moby/v2/daemon/libnetwork/types"
+	"golang.org/x/sys/unix"
 )
 
 const driverName = "nat"
@@ -100,8 +101,8 @@ func (pm PortMapper) MapPorts(ctx context.Context, cfg []portmapperapi.PortBindi
 		m.leases.wait(ctx, r)
 	}
 	a, failed := s.run(ctx)
-	if failed != nil && m.pasta != nil && s.view != nil && !r.dynamic() && !r.fixed() {
-		s = search{req: r, driver: m.pasta.client(true), leases: m.leases, ports: newAllocatorPorts(r), view: s.view}
+	if failed != nil && s.view != nil && m.pasta != nil && !r.dynamic() && !r.fixed() && errors.Is(failed, unix.EADDRINUSE) {
+		s = search{req: r, driver: m.pasta.client(r, true), leases: m.leases, ports: newAllocatorPorts(r), view: s.view}
 		a, failed = s.run(ctx)
 	}
 	if failed != nil {
@@ -119,7 +120,7 @@ func (m *rooms) lookAtHost(ctx context.Context, s *search) {
 	s.view = &look{proto: r.proto}
 	if m.pasta != nil {
 		s.view.addrs, s.view.exclusive = pastaAddrs(), true
-		s.driver = m.pasta.client(r.fixed())
+		s.driver = m.pasta.client(r, r.fixed())
 	} else {
 		for _, a := range r.addrs {
 			s.view.addrs = append(s.view.addrs, a.host)
@@ -148,12 +149,14 @@ func (m *rooms) explain(s *search, f *failure) error {
 		known.limit = hostUnprivileged()
 	}
 	if s.req.fixed() && errors.As(f.last, &r) && causeOf(r, known.limit) == inUse {
-		var own portSet
-		if m.leases.ports(r.proto, &own); own.has(r.port) {
-			known.holder = "a container of this daemon (on another host address)"
-		} else if s.view != nil {
+		if s.view != nil {
 			known.holder = holder(r.proto, r.host, r.port)
 		}
+		m.leases.each(func(p childPort) {
+			if p.proto == r.proto && int(p.at.Port()) == r.port && p.at.Addr().Is4() == r.host.Is4() {
+				known.holder = "a container of this daemon (on another host address)"
+			}
+		})
 	}
 	return explain(f, s.req, known)
 }

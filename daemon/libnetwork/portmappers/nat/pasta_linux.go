@@ -63,10 +63,13 @@ func isImplicit(cmdline string) bool {
 // client returns the driver for one request. If insist is set, which is for a port that the user named, a
 // port counts as free that pasta will get all the same: one of this daemon's own, or one with connections
 // that were served.
-func (p *pasta) client(insist bool) PortDriverClient { return &pastaClient{pasta: p, insist: insist} }
+func (p *pasta) client(r *request, insist bool) PortDriverClient {
+	return &pastaClient{pasta: p, fixed: r.fixed(), insist: insist}
+}
 
 type pastaClient struct {
 	*pasta
+	fixed  bool
 	insist bool
 	port   int   // port is the one that the sockets keep.
 	socks  []int // socks are shared by the host addresses of the request.
@@ -117,6 +120,9 @@ func (c *pastaClient) letGo() {
 
 // keep binds p's port on all that pasta may bind, or returns why it can't. It is called on the host.
 func (c *pastaClient) keep(p ownPort) error {
+	if !c.fixed && c.own[p].n > 0 { // pasta has one for all host addresses.
+		return listenError(p.proto, netip.IPv4Unspecified(), p.port, unix.EADDRINUSE)
+	}
 	// pasta takes the UDP port for every TCP port, too.
 	own := !c.own[ownPort{types.TCP, p.port}].over() || !c.own[ownPort{types.UDP, p.port}].over()
 	for _, addr := range pastaAddrs() {

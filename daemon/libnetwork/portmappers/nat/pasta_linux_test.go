@@ -188,3 +188,14 @@ func TestRootlessKitsCommandLine(t *testing.T) {
 		assert.Check(t, is.Equal(isImplicit(cmdline), want), cmdline)
 	}
 }
+
+// pasta has one wildcard for all host addresses: a range has as many ports as it names.
+func TestRangeUnderPastaIsNotShared(t *testing.T) {
+	underPasta(t, func(t *testing.T, pm PortMapper) {
+		pbs := mapped(t, pm, ask(types.TCP, 5353, 5354, "127.0.0.1"))
+		pbs = append(pbs, mapped(t, pm, ask(types.TCP, 5353, 5354, "127.0.0.2"))...)
+		_, err := pm.MapPorts(context.Background(), ask(types.TCP, 5353, 5354, "127.0.0.3"))
+		assert.Check(t, is.ErrorContains(err, "2 tried, and none can be had"))
+		unmap(t, pm, pbs)
+	})
+}

@@ -128,7 +128,7 @@ func causeOf(err error, limit int) cause {
 	switch {
 	case errors.As(err, &child):
 		// It says what is wrong. Dynamic ports take no privilege: a policy denies them.
-		if c == unclear || c == privileged && child.first == 0 {
+		if c == unclear || c == privileged && (child.first == 0 || child.first >= limitOf(err, limit)) {
 			return invalid
 		}
 	case errors.As(err, &op) && op.Op == "dial", isLost(err), errors.Is(err, errNoAnswer),

@@ -6,7 +6,6 @@ import (
 	"time"
 
 	"github.com/moby/moby/v2/daemon/libnetwork/portallocator"
-	"github.com/moby/moby/v2/daemon/libnetwork/types"
 )
 
 // reservations knows who still needs a child port that the allocator has reserved: bindings, some of which
@@ -32,12 +31,16 @@ func (r *reservations) join(p childPort) {
 // leave ends one part in the reservation of p: now or, where the call that should have freed it on the host
 // is unsettled, when that is settled.
 func (r *reservations) leave(p childPort, u *unsettled) {
-	if u == nil || r == nil {
+	if r == nil {
+		r.end(p)
+		return
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if u == nil {
 		r.end(p)
 	} else if u.settled != nil { // Else it stays: nobody will know.
-		r.mu.Lock()
 		r.late[u] = p
-		r.mu.Unlock()
 		go func() {
 			<-u.settled
 			r.settle(u)
@@ -48,19 +51,17 @@ func (r *reservations) leave(p childPort, u *unsettled) {
 // settle ends the part of a call that is settled, once.
 func (r *reservations) settle(u *unsettled) {
 	r.mu.Lock()
-	p, ok := r.late[u]
-	delete(r.late, u)
+	defer r.mu.Unlock()
 	r.vain = false
-	r.mu.Unlock()
-	if ok {
+	if p, ok := r.late[u]; ok {
+		delete(r.late, u)
 		r.end(p)
 	}
 }
 
+// end ends one part. Whoever calls it holds mu, so that wait sees a call as settled with its reservation ended.
 func (r *reservations) end(p childPort) {
 	if r != nil {
-		r.mu.Lock()
-		defer r.mu.Unlock()
 		if r.parts[p]--; r.parts[p] > 0 {
 			return
 		}
@@ -69,14 +70,12 @@ func (r *reservations) end(p childPort) {
 	portallocator.Get().ReleasePort(p.at.Addr().AsSlice(), p.proto.String(), int(p.at.Port()))
 }
 
-// ports adds the ports that this daemon has, on any child address, to a set.
-func (r *reservations) ports(proto types.Protocol, to *portSet) {
+// each calls f with each child port that this daemon has.
+func (r *reservations) each(f func(childPort)) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for p := range r.parts {
-		if p.proto == proto {
-			to.add(int(p.at.Port()))
-		}
+		f(p)
 	}
 }
 

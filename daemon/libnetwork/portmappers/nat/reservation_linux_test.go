@@ -31,10 +31,9 @@ func noReservations() *reservations {
 	return &reservations{parts: map[childPort]int{}, late: map[*unsettled]childPort{}}
 }
 
-func has(r *reservations, proto types.Protocol, port int) bool {
-	var set portSet
-	r.ports(proto, &set)
-	return set.has(port)
+func has(r *reservations, proto types.Protocol, port int) (found bool) {
+	r.each(func(p childPort) { found = found || p.proto == proto && int(p.at.Port()) == port })
+	return found
 }
 
 func isReserved(p childPort) bool {

@@ -15,6 +15,10 @@ const (
 	searchTime = 2 * time.Second
 	// maxUnclear is how many refusals that do not say why are put up with.
 	maxUnclear = 64
+	// maxUnbound is how many ports may fail to bind in the child. Nothing paces those, and for each the allocator
+	// writes a line to the log and the kernel frees a socket filter, some thousand of which at once are too much
+	// for Linux 6.18. So many find one free port in a hundred but for once in 23,000 times.
+	maxUnbound = 1000
 	// allocatorTries is how many ports OSAllocator.RequestPortsInRange tries to bind in a range before it
 	// returns an error (its maxAllocateAttempts).
 	allocatorTries = 10
@@ -44,6 +48,7 @@ type search struct {
 
 	tries    int
 	unclears int
+	unbound  int
 	last     error // last is the last refusal, of those that are not this daemon's own if any.
 	others   bool  // others is set when last isn't its own.
 	held     []*attempt
@@ -85,6 +90,8 @@ func (s *search) run(ctx context.Context) (*attempt, *failure) {
 		case ctx.Err() != nil: // For the next round to tell.
 		case verdict == no:
 			return nil, s.failure("", err)
+		case s.unbound >= maxUnbound:
+			return nil, s.failure(fmt.Sprintf("%d did not bind in the child", s.unbound), s.last)
 		case s.unclears == maxUnclear:
 			return nil, s.failure(fmt.Sprintf("%d refusals do not say why", s.unclears), err)
 		}
@@ -102,6 +109,9 @@ func (s *search) refused(a *attempt, err error, one bool) verdict {
 		n = -1
 	} else if !one {
 		n = allocatorTries
+	}
+	if a == nil {
+		s.unbound += n
 	}
 	s.ports.refused(n, port)
 

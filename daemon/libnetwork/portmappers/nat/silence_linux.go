@@ -19,6 +19,8 @@ const (
 	// allowance is what calls may wait for a silent RootlessKit, all together, in each allowancePeriod.
 	allowance       = 100 * time.Millisecond
 	allowancePeriod = time.Second
+	// minWait is what must be left of it for a call that is not needed: less is no wait for an answer.
+	minWait = time.Millisecond
 )
 
 // removalRetries is how long to wait each time before another try of a removal that was answered with an
@@ -179,10 +181,11 @@ func (s *silence) begin(now time.Time, needed bool) (wait time.Duration, ok bool
 	defer s.mu.Unlock()
 	if s.silent {
 		wait = allowance - max(s.full.Sub(now), 0)/time.Duration(allowancePeriod/allowance)
+		if wait < minWait && !needed {
+			return 0, false
+		}
 		if wait > 0 {
 			s.full = now.Add(allowancePeriod)
-		} else if !needed {
-			return 0, false
 		}
 	}
 	if s.waiting++; s.waiting == 1 && !s.silent {

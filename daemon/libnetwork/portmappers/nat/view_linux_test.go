@@ -502,3 +502,36 @@ func TestBusyFixedPortSaysWhoHasIt(t *testing.T) {
 		assert.Check(t, is.Equal(holder(types.TCP, netip.IPv4Unspecified(), 8082), "another process of this user"))
 	})
 }
+
+// What this daemon has on another host address says nothing of a range on this one.
+func TestRangeOnTwoHostAddressesWithAView(t *testing.T) {
+	for name, addrs := range map[string][]string{
+		"addresses": {"127.0.0.1", "127.0.0.2", "127.0.0.1", "127.0.0.2"},
+		"families":  {"::", "::", "0.0.0.0", "0.0.0.0"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			f := newHostFake(t)
+			inChild(t)
+			pm := NewPortMapper(Config{RlkClient: f})
+			for i, addr := range addrs {
+				pbs, err := pm.MapPorts(context.Background(), ask(types.TCP, 8000, 8001, addr))
+				assert.NilError(t, err, "container %d", i)
+				t.Cleanup(func() { assert.Check(t, pm.UnmapPorts(context.Background(), pbs)) })
+			}
+		})
+	}
+}
+
+func TestBusyPortOfTheOtherFamilyIsNotBlamed(t *testing.T) {
+	f := newHostFake(t)
+	synctest.Test(t, func(t *testing.T) { // holderLimit does not pass.
+		inChild(t)
+		pm := NewPortMapper(Config{RlkClient: f})
+		pbs, err := pm.MapPorts(context.Background(), ask(types.TCP, 8080, 8080, "::"))
+		assert.NilError(t, err)
+		occupy(t, "tcp", "0.0.0.0", 8080, 8080)
+		_, err = pm.MapPorts(context.Background(), ask(types.TCP, 8080, 8080, "0.0.0.0"))
+		assert.Check(t, is.ErrorContains(err, "another process of this user has it"))
+		assert.Check(t, pm.UnmapPorts(context.Background(), pbs))
+	})
+}
