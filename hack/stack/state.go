@@ -82,7 +82,7 @@ type Status struct {
 	Up        bool        `json:"up"`     // its daemon answers
 	User      string      `json:"user"`
 	Dir       string      `json:"dir"`
-	Options   Options     `json:"options"` // of the last start
+	Options   Options     `json:"options,omitzero"` // of the last start
 	Processes []Process   `json:"processes"`
 	Dockerd   *Daemon     `json:"dockerd,omitempty"` // if it is up
 	Cgroups   string      `json:"cgroups"`
@@ -93,6 +93,7 @@ type Status struct {
 // Daemon is a dockerd that is up.
 type Daemon struct {
 	PID     int    `json:"pid"`
+	Path    string `json:"path"`
 	Version string `json:"version"`
 	SHA256  string `json:"sha256"`
 	Host    string `json:"host"`
@@ -128,7 +129,7 @@ func (s *Stack) status(ctx context.Context) (Status, error) {
 	if status.Up = s.Running(ctx); !status.Up {
 		return status, nil
 	}
-	d := &Daemon{SHA256: st.Dockerd, Host: s.Host(), API: s.RootlessKitSocket()}
+	d := &Daemon{Path: filepath.Join(s.bin, "dockerd"), SHA256: st.Dockerd, Host: s.Host(), API: s.RootlessKitSocket()}
 	status.Dockerd = d
 	// RootlessKit's process on the host is what the host's namespace is known by: ours may be another.
 	dockerd, _ := oldest(status.Processes, "dockerd")
