@@ -44,16 +44,19 @@ func (s *Stack) load() (*state, error) {
 	return &st, nil
 }
 
-func (s *Stack) save(st *state) error {
-	data, err := json.MarshalIndent(st, "", "  ")
+func (s *Stack) save(st *state) error { return writeJSON(s.stateFile(), st) }
+
+// writeJSON makes the file in one step, for its owner alone.
+func writeJSON(file string, v any) error {
+	data, err := json.MarshalIndent(v, "", "  ")
 	if err != nil {
 		return err
 	}
-	tmp := s.stateFile() + ".tmp"
+	tmp := file + ".tmp"
 	if err := os.WriteFile(tmp, data, 0o600); err != nil {
 		return errors.Join(err, os.Remove(tmp))
 	}
-	return os.Rename(tmp, s.stateFile())
+	return os.Rename(tmp, file)
 }
 
 func newID() string {
