@@ -16,7 +16,7 @@ import (
 // nameFlag adds the flag that says which stack a command is about.
 func nameFlag(flags *pflag.FlagSet) *string {
 	name := new(string)
-	flags.Func("name", "which stack, if there are several (`NAME`)", func(v string) error {
+	flags.Func("name", "the stack of that `NAME`, where there are several", func(v string) error {
 		*name = v
 		return stack.CheckName(v)
 	})

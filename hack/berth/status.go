@@ -124,7 +124,7 @@ func (r report) print(out io.Writer, name string) {
 		if r.Patched {
 			kind = "patched"
 		}
-		line("dockerd", "%s, %s, process %d", d.Version, kind, d.PID)
+		line("dockerd", "%s, %s, process %d, a copy of the program at %s", d.Version, kind, d.PID, d.Path)
 	}
 	switch b := r.Built; {
 	case b.Version == "":

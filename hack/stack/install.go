@@ -115,7 +115,7 @@ func (s *Stack) lockForRoot() (unlock func(), _ error) {
 	return func() {
 		// If nothing is in them.
 		for _, dir := range []string{s.bin, filepath.Dir(s.bin), forRoot} {
-			if os.Remove(dir) != nil {
+			if err := os.Remove(dir); err != nil && !errors.Is(err, fs.ErrNotExist) {
 				break
 			}
 		}

@@ -9,6 +9,7 @@ package stack
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -151,6 +152,9 @@ func (s *Stack) start(ctx context.Context, op operation, o Options) (retErr erro
 		if err := s.install(ctx, o); err != nil {
 			return err
 		}
+		if err := writeJSON(s.rootsOptions(), o); err != nil {
+			return err
+		}
 	}
 	if err := os.MkdirAll(filepath.Dir(o.Log), 0o755); err != nil {
 		return err
@@ -205,8 +209,21 @@ func (s *Stack) Purge(ctx context.Context, o Options) (removed []string, _ error
 // Status tells what there is of the stack now.
 func (s *Stack) Status(ctx context.Context) (Status, error) {
 	answer, err := s.act(ctx, call{Op: opStatus}, nil)
+	if err == nil && os.Getuid() == 0 {
+		// Programs and files that root would run and read are not for the user to name.
+		answer.Status.Options = Options{}
+		if data, err := os.ReadFile(s.rootsOptions()); err == nil {
+			if err := json.Unmarshal(data, &answer.Status.Options); err != nil {
+				return answer.Status, fmt.Errorf("%s: %w", s.rootsOptions(), err)
+			}
+			answer.Status.Options.Env = nil // as of any other user's
+		}
+	}
 	return answer.Status, err
 }
+
+// rootsOptions is the file with the options of root's last start.
+func (s *Stack) rootsOptions() string { return filepath.Join(s.bin, "options.json") }
 
 // Process returns the process that runs that program of the stack: dockerd, or docker-rootlesskit. Of RootlessKit's two
 // processes it is the parent, the one on the host.

@@ -44,16 +44,19 @@ func (s *Stack) load() (*state, error) {
 	return &st, nil
 }
 
-func (s *Stack) save(st *state) error {
-	data, err := json.MarshalIndent(st, "", "  ")
+func (s *Stack) save(st *state) error { return writeJSON(s.stateFile(), st) }
+
+// writeJSON makes the file in one step, for its owner alone.
+func writeJSON(file string, v any) error {
+	data, err := json.MarshalIndent(v, "", "  ")
 	if err != nil {
 		return err
 	}
-	tmp := s.stateFile() + ".tmp"
+	tmp := file + ".tmp"
 	if err := os.WriteFile(tmp, data, 0o600); err != nil {
 		return errors.Join(err, os.Remove(tmp))
 	}
-	return os.Rename(tmp, s.stateFile())
+	return os.Rename(tmp, file)
 }
 
 func newID() string {
@@ -82,7 +85,7 @@ type Status struct {
 	Up        bool        `json:"up"`     // its daemon answers
 	User      string      `json:"user"`
 	Dir       string      `json:"dir"`
-	Options   Options     `json:"options"` // of the last start
+	Options   Options     `json:"options,omitzero"` // of the last start
 	Processes []Process   `json:"processes"`
 	Dockerd   *Daemon     `json:"dockerd,omitempty"` // if it is up
 	Cgroups   string      `json:"cgroups"`
@@ -93,6 +96,7 @@ type Status struct {
 // Daemon is a dockerd that is up.
 type Daemon struct {
 	PID     int    `json:"pid"`
+	Path    string `json:"path"`
 	Version string `json:"version"`
 	SHA256  string `json:"sha256"`
 	Host    string `json:"host"`
@@ -128,7 +132,7 @@ func (s *Stack) status(ctx context.Context) (Status, error) {
 	if status.Up = s.Running(ctx); !status.Up {
 		return status, nil
 	}
-	d := &Daemon{SHA256: st.Dockerd, Host: s.Host(), API: s.RootlessKitSocket()}
+	d := &Daemon{Path: filepath.Join(s.bin, "dockerd"), SHA256: st.Dockerd, Host: s.Host(), API: s.RootlessKitSocket()}
 	status.Dockerd = d
 	// RootlessKit's process on the host is what the host's namespace is known by: ours may be another.
 	dockerd, _ := oldest(status.Processes, "dockerd")

@@ -84,15 +84,9 @@ func startRootlessKit(b *testing.B) rootlessKit {
 
 // hold makes another process hold TCP ports of the host until the end of b.
 func hold(b *testing.B, addr netip.Addr, ports []int) {
-	if len(ports) == 0 {
-		return
+	if len(ports) > 0 {
+		stacktest.Hold(b, hostload.Load{Network: "tcp4", Address: addr.String(), Ports: ports})
 	}
-	p, err := hostload.Start(hostload.Load{Network: "tcp4", Address: addr.String(), Ports: ports})
-	assert.NilError(b, err)
-	b.Cleanup(func() {
-		_, err := p.Stop()
-		assert.NilError(b, err)
-	})
 }
 
 // request asks for a host port from first to last, or for any if both are 0.

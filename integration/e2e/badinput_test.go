@@ -21,6 +21,7 @@ import (
 	"gotest.tools/v3/poll"
 
 	"berth/hack/stack"
+	"berth/integration/hostload"
 	"berth/integration/stacktest"
 	"berth/integration/whoami"
 )
@@ -148,7 +149,7 @@ func (r request) check(t *testing.T, d *stacktest.Daemon, id string) {
 	t.Helper()
 	ports := r.ports
 	if ports == nil {
-		ports = portRange(firstDefault, lastDefault)
+		ports = hostload.Range(firstDefault, lastDefault)
 	}
 	published := d.Published(t, id)
 	assert.Equal(t, len(published) == 0, r.dropped, "published at %v", published)

@@ -47,7 +47,7 @@ var scenarios = []scenario{
 		name:    "dynamic port",
 		publish: []string{"0:80"},
 		hold: func(next int) hostload.Load {
-			return hostload.Load{Network: "tcp4", Ports: portRange(next, next+9)}
+			return hostload.Load{Network: "tcp4", Ports: hostload.Range(next, next+9)}
 		},
 		stockSays: "address already in use",
 	},
@@ -55,7 +55,7 @@ var scenarios = []scenario{
 		name:    "dynamic UDP port",
 		publish: []string{"0:80/udp"},
 		hold: func(next int) hostload.Load {
-			return hostload.Load{Network: "udp4", Ports: portRange(next, next+9)}
+			return hostload.Load{Network: "udp4", Ports: hostload.Range(next, next+9)}
 		},
 		stockSays: "address already in use",
 	},
@@ -63,7 +63,7 @@ var scenarios = []scenario{
 		name:    "range with only the last one free",
 		publish: []string{"20000-20019:80"},
 		hold: func(int) hostload.Load {
-			return hostload.Load{Network: "tcp4", Ports: portRange(20000, 20018)}
+			return hostload.Load{Network: "tcp4", Ports: hostload.Range(20000, 20018)}
 		},
 		stockSays: "address already in use",
 		port:      20019,
@@ -84,7 +84,7 @@ var scenarios = []scenario{
 		name:    "two host addresses, dynamic port, taken on the second",
 		publish: []string{stacktest.Addresses[0] + "::80", stacktest.Addresses[1] + "::80"},
 		hold: func(next int) hostload.Load {
-			return hostload.Load{Network: "tcp4", Address: stacktest.Addresses[1], Ports: portRange(next, next+9)}
+			return hostload.Load{Network: "tcp4", Address: stacktest.Addresses[1], Ports: hostload.Range(next, next+9)}
 		},
 		stockSays: "address already in use",
 		root:      needsAddresses,
@@ -145,7 +145,7 @@ func (s scenario) prepare(t *testing.T, d *stacktest.Daemon) {
 		t.Skip(s.root)
 	}
 	if s.hold != nil {
-		hold(t, s.hold(nextPort(t, d, s.network())))
+		stacktest.Hold(t, s.hold(nextPort(t, d, s.network())))
 	}
 }
 
@@ -158,25 +158,6 @@ func nextPort(t *testing.T, d *stacktest.Daemon, network string) int {
 	_, err = d.Docker("rm", "-f", id)
 	assert.NilError(t, err)
 	return next
-}
-
-// hold has another process hold the ports until the end of the test.
-func hold(t *testing.T, l hostload.Load) {
-	t.Helper()
-	p, err := hostload.Start(l)
-	assert.NilError(t, err)
-	t.Cleanup(func() {
-		_, err := p.Stop()
-		assert.NilError(t, err)
-	})
-}
-
-func portRange(first, last int) []int {
-	var ports []int
-	for p := first; p <= last; p++ {
-		ports = append(ports, p)
-	}
-	return ports
 }
 
 func TestStopFreesTheHostPort(t *testing.T) {
@@ -198,7 +179,7 @@ func TestStopFreesTheHostPort(t *testing.T) {
 
 func TestFixedPortInUse(t *testing.T) {
 	d := stacktest.Start(t, "dockerd", stack.Options{})
-	hold(t, hostload.Load{Network: "tcp4", Ports: []int{20200}})
+	stacktest.Hold(t, hostload.Load{Network: "tcp4", Ports: []int{20200}})
 	_, err := d.Run(t, "20200:80")
 	assert.ErrorContains(t, err, "host port 0.0.0.0:20200/tcp")
 	assert.ErrorContains(t, err, "address already in use")

@@ -56,7 +56,7 @@ func TestDynamicPortsAreThoseOfTheHost(t *testing.T) {
 	setSysctl(t, reservedPortsSysctl, "41000-41049")
 	setSysctl(t, portRangeSysctl, "41000 41100")
 	for range 5 {
-		assertPublishedIn(t, d, portRange(41050, 41100), "0:80")
+		assertPublishedIn(t, d, hostload.Range(41050, 41100), "0:80")
 	}
 
 	// What the user names is the user's own choice.
@@ -91,7 +91,7 @@ func TestSlirp4netnsPortDriver(t *testing.T) {
 	for _, network := range []string{"tcp", "udp"} {
 		t.Run(network, func(t *testing.T) {
 			next := nextPort(t, d, network)
-			hold(t, hostload.Load{Network: network + "4", Ports: portRange(next, next+99)})
+			stacktest.Hold(t, hostload.Load{Network: network + "4", Ports: hostload.Range(next, next+99)})
 			assertPublishedIn(t, d, []int{next + 100}, stacktest.Addresses[0]+"::80/"+network)
 			_, err := d.Run(t, fmt.Sprintf("%d:80/%s", next, network))
 			assert.ErrorContains(t, err, fmt.Sprint(next))
@@ -171,9 +171,9 @@ func TestManyPortsHeldInARow(t *testing.T) {
 				t.Run(publish, func(t *testing.T) {
 					network := networkOf(publish)
 					next := nextPort(t, d, network)
-					hold(t, hostload.Load{Network: network + "4", Ports: portRange(next, next+held-1)})
+					stacktest.Hold(t, hostload.Load{Network: network + "4", Ports: hostload.Range(next, next+held-1)})
 					// Without a view the search jumps, and may come out anywhere.
-					want := portRange(firstDefault, lastDefault)
+					want := hostload.Range(firstDefault, lastDefault)
 					if tt.view {
 						want = []int{next + held}
 					}
@@ -181,7 +181,7 @@ func TestManyPortsHeldInARow(t *testing.T) {
 				})
 			}
 			t.Run("range with only the last one free", func(t *testing.T) {
-				hold(t, hostload.Load{Network: "tcp4", Ports: portRange(20000, 20000+held-1)})
+				stacktest.Hold(t, hostload.Load{Network: "tcp4", Ports: hostload.Range(20000, 20000+held-1)})
 				assertPublishedIn(t, d, []int{20000 + held}, fmt.Sprintf("20000-%d:80", 20000+held))
 			})
 		})

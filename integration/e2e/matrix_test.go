@@ -68,13 +68,13 @@ const heldInARow = 300
 // heldFrom is hold of a matrixCase for ports that the user names.
 func heldFrom(network string, first, count int) func(int) hostload.Load {
 	return func(int) hostload.Load {
-		return hostload.Load{Network: network, Ports: portRange(first, first+count-1)}
+		return hostload.Load{Network: network, Ports: hostload.Range(first, first+count-1)}
 	}
 }
 
 func heldFromNext(network string) func(int) hostload.Load {
 	return func(next int) hostload.Load {
-		return hostload.Load{Network: network, Ports: portRange(next, next+heldInARow-1)}
+		return hostload.Load{Network: network, Ports: hostload.Range(next, next+heldInARow-1)}
 	}
 }
 
@@ -241,7 +241,7 @@ func (c matrixCase) prepare(t *testing.T, d *stacktest.Daemon, k kit, own map[in
 	l := c.hold(next)
 	first, last := l.Ports[0], l.Ports[len(l.Ports)-1]
 	l.Ports = slices.DeleteFunc(l.Ports, func(port int) bool { return own[port] })
-	hold(t, l)
+	stacktest.Hold(t, l)
 	held = fmt.Sprintf("%s %d-%d", l.Network, first, last)
 	switch {
 	case c.ports != nil:
@@ -250,7 +250,7 @@ func (c matrixCase) prepare(t *testing.T, d *stacktest.Daemon, k kit, own map[in
 		return held, []int{last + 1}
 	}
 	// Without a view the search jumps, and may come out anywhere.
-	return held, slices.Concat(portRange(firstDefault, first-1), portRange(last+1, lastDefault))
+	return held, slices.Concat(hostload.Range(firstDefault, first-1), hostload.Range(last+1, lastDefault))
 }
 
 // askAt is where to ask what is published at a. What a container answers to a

@@ -101,7 +101,7 @@ func TestBerthWithPasta(t *testing.T) {
 
 	for _, network := range []string{"tcp", "udp"} {
 		t.Run("fixed port of a stranger, "+network, func(t *testing.T) {
-			hold(t, hostload.Load{Network: network + "4", Ports: []int{20320}})
+			stacktest.Hold(t, hostload.Load{Network: network + "4", Ports: []int{20320}})
 			_, err := d.Run(t, "20320:80/"+network)
 			assert.ErrorContains(t, err, "20320")
 			assert.ErrorContains(t, err, "address already in use")
@@ -111,7 +111,7 @@ func TestBerthWithPasta(t *testing.T) {
 	for _, network := range []string{"tcp", "udp"} {
 		t.Run("dynamic port, strangers on the next 20, "+network, func(t *testing.T) {
 			next := nextPort(t, d, network)
-			hold(t, hostload.Load{Network: network + "4", Ports: portRange(next, next+19)})
+			stacktest.Hold(t, hostload.Load{Network: network + "4", Ports: hostload.Range(next, next+19)})
 			id, err := d.Run(t, "0:80/"+network)
 			assert.NilError(t, err)
 			port := int(d.Published(t, id)[0].Port())
@@ -127,7 +127,7 @@ func TestPastaWhereTheKernelChooses(t *testing.T) {
 	const starts = 20
 	setSysctl(t, portRangeSysctl, "40000 40399")
 	d := stacktest.Start(t, "dockerd", pasta)
-	hold(t, hostload.Load{Network: "tcp4", Ports: make([]int, 301), Hold: 300, Churn: time.Millisecond})
+	stacktest.Hold(t, hostload.Load{Network: "tcp4", Ports: make([]int, 301), Hold: 300, Churn: time.Millisecond})
 	lost := 0
 	for range starts {
 		id, err := d.Run(t, "0:80")

@@ -72,11 +72,16 @@ func DynamicPorts(n int) ([]int, error) {
 	if last-first+1 < n {
 		return nil, fmt.Errorf("%s: %d ports, want %d", file, last-first+1, n)
 	}
-	ports := make([]int, n)
-	for i := range ports {
-		ports[i] = first + i
+	return Range(first, first+n-1), nil
+}
+
+// Range returns the ports from first to last.
+func Range(first, last int) []int {
+	var ports []int
+	for p := first; p <= last; p++ {
+		ports = append(ports, p)
 	}
-	return ports, nil
+	return ports
 }
 
 // Process is a running load.

@@ -128,11 +128,7 @@ func (m childMapper) MapPorts(ctx context.Context, reqs []portmapperapi.PortBind
 }
 
 func hold(network, addr string, first, count int) (release func() error, err error) {
-	l := hostload.Load{Network: network, Address: addr}
-	for p := first; p < first+count; p++ {
-		l.Ports = append(l.Ports, p)
-	}
-	p, err := hostload.Start(l)
+	p, err := hostload.Start(hostload.Load{Network: network, Address: addr, Ports: hostload.Range(first, first+count-1)})
 	if err != nil {
 		return nil, err
 	}

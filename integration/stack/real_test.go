@@ -249,6 +249,28 @@ func TestUpResumes(t *testing.T) {
 	})
 }
 
+// What root runs and reads next is not for the user to say.
+func TestRootHeedsNoStateOfTheUsers(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("it is about root")
+	}
+	d := stacktest.Start(t, "dockerd", stack.Options{})
+	before, err := d.Status(t.Context())
+	assert.NilError(t, err)
+	assert.Equal(t, before.Options.Dockerd, d.Options.Dockerd)
+	state := filepath.Join(d.Dir, "state.json")
+	out, err := exec.Command("setpriv", "--reuid", fmt.Sprint(d.UID()), "--clear-groups", "sed", "-i", "-E",
+		`s,"(dockerd|bin|log|rootlesskit)": .*,"\1": "/evil"\,,`, state).CombinedOutput()
+	assert.NilError(t, err, "%s", out)
+	data, err := os.ReadFile(state)
+	assert.NilError(t, err)
+	assert.Assert(t, strings.Count(string(data), "/evil") == 4, "%s", data)
+	after, err := d.Status(t.Context())
+	assert.NilError(t, err)
+	assert.Assert(t, after.Up)
+	assert.DeepEqual(t, after.Options, before.Options)
+}
+
 // Whatever the user makes of the paths in the home while root starts and removes stacks there, root changes nothing elsewhere.
 func TestRootFollowsNoLinkOfTheUsers(t *testing.T) {
 	if os.Getuid() != 0 {

@@ -33,6 +33,7 @@ import (
 
 	"berth/hack/checkout"
 	"berth/hack/stack"
+	"berth/integration/hostload"
 	"berth/integration/whoami"
 )
 
@@ -200,6 +201,17 @@ func purge(t testing.TB, s *stack.Stack) {
 	t.Helper()
 	_, err := s.Purge(context.Background(), stack.Options{Progress: t.Output()})
 	assert.Check(t, err)
+}
+
+// Hold has another process hold host ports until the end of the test.
+func Hold(t testing.TB, l hostload.Load) {
+	t.Helper()
+	p, err := hostload.Start(l)
+	assert.NilError(t, err)
+	t.Cleanup(func() {
+		_, err := p.Stop()
+		assert.NilError(t, err)
+	})
 }
 
 // Kill ends that program of the stack, and does not let it clean up.
