@@ -136,3 +136,35 @@ func beOtherDaemon(t *testing.T) {
 		fmt.Fprintln(out, pbs[0].HostPort)
 	}
 }
+
+// A port that both name is published by one of them.
+func TestTwoDaemonsAskForOnePortUnderPasta(t *testing.T) {
+	if os.Getenv(otherDaemon) != "" {
+		beOtherDaemon(t)
+		return
+	}
+	other := startOtherDaemon(t)
+	newHostFake(t) // For its check that nothing is left.
+	for _, proto := range []types.Protocol{types.TCP, types.UDP} {
+		t.Run(proto.String(), func(t *testing.T) {
+			inChild(t)
+			pm := pastaMapper()
+			for round := range rounds {
+				other.tell("%s 8000 8000 0", proto)
+				pbs, err := pm.MapPorts(context.Background(), ask(proto, 8000, 8000, "0.0.0.0"))
+				theirs := other.hear()
+				if err == nil {
+					assert.Check(t, is.Contains(theirs, "address already in use"), "round %d", round)
+				} else {
+					assert.Check(t, is.Equal(theirs, "8000"), "round %d: %v", round, err)
+				}
+				other.tell("unmap")
+				assert.Equal(t, other.hear(), "unmapped")
+				unmap(t, pm, pbs)
+				if round%50 == 0 {
+					freeFilters()
+				}
+			}
+		})
+	}
+}
