@@ -30,7 +30,7 @@ users: deps build ## watch two users' daemons start containers at once, stock an
 	go test -tags integration -count=1 -v -run '^TestTwoUsersStartAtOnce$$' ./integration/e2e
 
 test: deps check build ## everything: check, then the end-to-end test on real stacks
-	@$(BERTH) build pasta rootlesskit2
+	@$(BERTH) build pasta rootlesskit2 rootlesskit31
 	@$(TEST) -tags integration -count=1 -timeout 30m ./integration/...
 
 race: deps build ## the end-to-end tests of a dockerd with the race detector in it, which takes minutes to build
@@ -44,7 +44,7 @@ soak: deps build ## start and stop containers on a churning host for DURATION=20
 	go test -tags integration -count=1 -v -timeout 0 -run '^TestSoak$$' ./integration/soak -duration $(DURATION)
 
 docs: deps build ## write docs/port-drivers.md of what the port drivers answer
-	@$(BERTH) build rootlesskit2
+	@$(BERTH) build rootlesskit2 rootlesskit31
 	go test -tags integration -count=1 ./integration/portdriver -update
 
 check: FORMAT := pkgname
