@@ -1,6 +1,6 @@
 # `make` lists the targets. All that is built goes to build/.
 .DEFAULT_GOAL := help
-.PHONY: help deps build stress users test race lock soak docs check bench bench-docs dist clean
+.PHONY: help deps build stress users test race lock rootful soak docs check bench bench-docs dist clean
 .NOTPARALLEL: # go uses all processors itself, and the order of what a target needs is meant
 
 BERTH := build/bin/berth
@@ -30,7 +30,7 @@ users: deps build ## watch two users' daemons start containers at once, stock an
 	go test -tags integration -count=1 -v -run '^TestTwoUsersStartAtOnce$$' ./integration/e2e
 
 test: deps check build ## everything: check, then the end-to-end test on real stacks
-	@$(BERTH) build pasta rootlesskit2
+	@$(BERTH) build pasta rootlesskit2 rootlesskit31
 	@$(TEST) -tags integration -count=1 -timeout 30m ./integration/...
 
 race: deps build ## the end-to-end tests of a dockerd with the race detector in it, which takes minutes to build
@@ -40,11 +40,14 @@ race: deps build ## the end-to-end tests of a dockerd with the race detector in 
 lock: deps build ## what other containers feel of one that searches for a port, stock and Berth (as root; build/results/lock.txt)
 	go test -tags integration -count=1 -v -run '^TestStopsWaitForASearch$$' ./integration/e2e -lock-rounds 9
 
+rootful: deps build ## start a rootful daemon beside 0 to 5,000 taken ports in a row, stock and Berth, 30 times each (as root; build/results/rootful.json)
+	go test -tags integration -count=1 -v -timeout 20m ./integration/rootful -full
+
 soak: deps build ## start and stop containers on a churning host for DURATION=20m, and look for what grows or is left
 	go test -tags integration -count=1 -v -timeout 0 -run '^TestSoak$$' ./integration/soak -duration $(DURATION)
 
 docs: deps build ## write docs/port-drivers.md of what the port drivers answer
-	@$(BERTH) build rootlesskit2
+	@$(BERTH) build rootlesskit2 rootlesskit31
 	go test -tags integration -count=1 ./integration/portdriver -update
 
 check: FORMAT := pkgname

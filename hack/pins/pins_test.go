@@ -97,7 +97,8 @@ func TestVendorConfAgreesWithGoMod(t *testing.T) {
 
 	both := map[string]bool{}
 	for _, pin := range list {
-		if v, ok := required[pin.Module]; ok {
+		// Another version beside go.mod's is for tests that name it.
+		if v, ok := required[pin.Module]; ok && (v == pin.Version || !pin.Optional) {
 			both[pin.Module] = true
 			assert.Check(t, v == pin.Version, "%s: vendor.conf has %s, go.mod has %s", pin.Module, pin.Version, v)
 		}

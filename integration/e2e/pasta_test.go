@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"slices"
 	"testing"
 	"time"
 
@@ -65,10 +66,44 @@ func TestBerthWithPasta(t *testing.T) {
 		id, err := d.Run(t, "20300:80")
 		assert.NilError(t, err)
 		for range 20 {
-			_, err := d.Docker("restart", id)
+			// Connections that were served keep a port for a minute from whoever does not insist.
+			assertAnswers(t, id, 20300, "tcp")
+			_, err := d.Docker("restart", "-t", "1", id)
 			assert.NilError(t, err)
 		}
 		assertAnswers(t, id, 20300, "tcp")
+	})
+
+	t.Run("restarts on a fixed UDP port", func(t *testing.T) {
+		id, err := d.Run(t, "20301:80/udp")
+		assert.NilError(t, err)
+		for range 5 { // at once each time: pasta has not let go of the port yet
+			assertAnswers(t, id, 20301, "udp")
+			_, err := d.Docker("restart", "-t", "1", id)
+			assert.NilError(t, err)
+		}
+		assertAnswers(t, id, 20301, "udp")
+	})
+
+	t.Run("restarts in a full range", func(t *testing.T) {
+		var ids []string
+		for range 2 {
+			id, err := d.Run(t, "8000-8001:80")
+			assert.NilError(t, err)
+			ids = append(ids, id)
+		}
+		for range 3 {
+			var ports []int
+			for _, id := range ids {
+				port := int(d.Published(t, id)[0].Port())
+				assertAnswers(t, id, port, "tcp")
+				ports = append(ports, port)
+			}
+			slices.Sort(ports)
+			assert.DeepEqual(t, ports, []int{8000, 8001})
+			_, err := d.Docker(append([]string{"restart", "-t", "1"}, ids...)...)
+			assert.NilError(t, err)
+		}
 	})
 
 	t.Run("fixed port, TCP and UDP", func(t *testing.T) {

@@ -23,8 +23,8 @@ func TestTwoUsersStartAtOnce(t *testing.T) {
 	if os.Getuid() != 0 {
 		t.Skip("running two users' stacks takes root")
 	}
-	stock := startAtOnce(t, "stock", "dockerd-stock", 50) // it fails from the first ones on
-	berth := startAtOnce(t, "Berth", "dockerd", 100)
+	stock := startAtOnce(t, "stock", "dockerd-stock", stack.Options{}, 50) // it fails from the first ones on
+	berth := startAtOnce(t, "Berth", "dockerd", stack.Options{}, 100)
 
 	var table strings.Builder
 	results := append(stock, berth...)
@@ -40,14 +40,25 @@ func TestTwoUsersStartAtOnce(t *testing.T) {
 	}
 }
 
+// Under pasta, nobody asks for a port on the host: each daemon looks, and keeps what it finds
+// from the other until its own pasta has it.
+func TestTwoUsersStartAtOnceWithPasta(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("running two users' stacks takes root")
+	}
+	for _, r := range startAtOnce(t, "Berth", "dockerd", pasta, 50) {
+		assert.Equal(t, r.Answered, r.Starts, "%+v", r)
+	}
+}
+
 // startAtOnce has two users start as many containers each, at the same time.
-func startAtOnce(t *testing.T, name, dockerd string, starts int) (results []stress.Result) {
+func startAtOnce(t *testing.T, name, dockerd string, o stack.Options, starts int) (results []stress.Result) {
 	t.Run(name, func(t *testing.T) {
 		root, err := checkout.Root()
 		assert.NilError(t, err)
 		var scripts []stress.Script
 		for _, user := range stacktest.Users {
-			d := stacktest.StartAs(t, user, dockerd, stack.Options{})
+			d := stacktest.StartAs(t, user, dockerd, o)
 			out := new(strings.Builder)
 			t.Cleanup(func() { t.Logf("%s's %s:\n%s", user, name, out) })
 			scripts = append(scripts, stress.Script{

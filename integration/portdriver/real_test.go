@@ -196,9 +196,12 @@ func (h *host) waitUntilFree() error {
 // rootlessKits are the port drivers, with a network driver that serves them.
 var rootlessKits = []struct{ version, binary, network, driver string }{
 	{"2.3.6", "rootlesskit2", "slirp4netns", "builtin"},
+	{"3.1.0", "rootlesskit31", "gvisor-tap-vsock", "builtin"},
 	{"3.3.0", "rootlesskit", "gvisor-tap-vsock", "builtin"},
+	{"3.1.0", "rootlesskit31", "gvisor-tap-vsock", "gvisor-tap-vsock"},
 	{"3.3.0", "rootlesskit", "gvisor-tap-vsock", "gvisor-tap-vsock"},
 	{"2.3.6", "rootlesskit2", "slirp4netns", "slirp4netns"},
+	{"3.1.0", "rootlesskit31", "slirp4netns", "slirp4netns"},
 	{"3.3.0", "rootlesskit", "slirp4netns", "slirp4netns"},
 }
 

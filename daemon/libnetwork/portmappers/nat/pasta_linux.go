@@ -125,6 +125,13 @@ func (c *pastaClient) keep(p ownPort) error {
 	}
 	// pasta takes the UDP port for every TCP port, too.
 	own := !c.own[ownPort{types.TCP, p.port}].over() || !c.own[ownPort{types.UDP, p.port}].over()
+	if c.own[p].n == 0 {
+		fd, err := claim(p)
+		if err != nil {
+			return err
+		}
+		c.socks = append(c.socks, fd)
+	}
 	for _, addr := range pastaAddrs() {
 		fd, err := keepAt(p, addr, c.insist && p.proto == types.TCP)
 		if err == nil {
@@ -134,6 +141,21 @@ func (c *pastaClient) keep(p ownPort) error {
 		}
 	}
 	return nil
+}
+
+// claim tells other daemons of Berth's that p is published, also those that insist on it: to them, what is kept
+// for pasta is free. The name is one of the host's network namespace, whoever the daemon's user is, and the
+// kernel's to give back.
+func claim(p ownPort) (int, error) {
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return -1, err
+	}
+	if err = unix.Bind(fd, &unix.SockaddrUnix{Name: fmt.Sprintf("@berth-published-%s-%d", p.proto, p.port)}); err != nil {
+		unix.Close(fd)
+		return -1, listenError(p.proto, netip.IPv4Unspecified(), p.port, err)
+	}
+	return fd, nil
 }
 
 // keepAt binds a socket that is in everybody's way but pasta's, which sets SO_REUSEADDR and comes later. One
