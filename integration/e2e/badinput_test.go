@@ -78,9 +78,9 @@ var requests = []request{
 
 	{
 		name: "same binding twice", bindings: []binding{{HostPort: "20100"}, {HostPort: "20100"}},
-		refused: "twice on host port 20100 of 0.0.0.0: address already in use",
+		refused: "both 0.0.0.0 and 0.0.0.0: address already in use",
 	},
-	{name: "same dynamic binding twice", bindings: []binding{{}, {}}, refused: "twice on host port 0 of 0.0.0.0: address already in use"},
+	{name: "same dynamic binding twice", bindings: []binding{{}, {}}, refused: "both 0.0.0.0 and 0.0.0.0: address already in use"},
 	{
 		name: "one address and all addresses", bindings: []binding{{HostPort: "20200"}, {HostIP: "127.0.0.1", HostPort: "20200"}},
 		refused: "both 0.0.0.0 and 127.0.0.1: address already in use",
