@@ -1,6 +1,6 @@
 # `make` lists the targets. All that is built goes to build/.
 .DEFAULT_GOAL := help
-.PHONY: help deps build stress users test race lock soak docs check bench bench-docs dist clean
+.PHONY: help deps build bases stress users test race lock soak docs check bench bench-docs dist clean
 .NOTPARALLEL: # go uses all processors itself, and the order of what a target needs is meant
 
 BERTH := build/bin/berth
@@ -8,6 +8,7 @@ N     ?= 10# times that `make bench` runs all benchmarks, one after the other
 # Stock and Berth differ by a hundredth of what a publish through RootlessKit takes: that needs more samples than the rest.
 CLOSE := RootlessKit/NoRefusal
 BENCH := build/bench.test -test.run '^$$' -test.benchmem -test.cpu 1,2
+BASES ?= all# of `make bases`, VERSION[,VERSION]
 DURATION ?= 20m# of `make soak`
 CODE  := $(wildcard daemon hack integration)
 # Tests run through this: a line as each (or each package) ends, a summary of them all, and a failure for a skip that .ci/skips does not expect.
@@ -42,6 +43,9 @@ lock: deps build ## what other containers feel of one that searches for a port, 
 
 soak: deps build ## start and stop containers on a churning host for DURATION=20m, and look for what grows or is left
 	go test -tags integration -count=1 -v -timeout 0 -run '^TestSoak$$' ./integration/soak -duration $(DURATION)
+
+bases: deps build ## build the patched daemon for BASES=all of vendor.conf's, and hold each to upstream (docs/bases.md)
+	go test -tags integration -count=1 -v -timeout 0 -run '^TestBases$$' ./integration/upstream -bases $(BASES) -table $(CURDIR)/docs/bases.md
 
 docs: deps build ## write docs/port-drivers.md of what the port drivers answer
 	@$(BERTH) build rootlesskit2
