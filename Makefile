@@ -1,6 +1,6 @@
 # `make` lists the targets. All that is built goes to build/.
 .DEFAULT_GOAL := help
-.PHONY: help deps build bases stress users test race lock soak docs check bench bench-docs dist clean
+.PHONY: help deps build bases patch stress users test race lock soak docs check bench bench-docs dist clean
 .NOTPARALLEL: # go uses all processors itself, and the order of what a target needs is meant
 
 BERTH := build/bin/berth
@@ -46,6 +46,10 @@ soak: deps build ## start and stop containers on a churning host for DURATION=20
 
 bases: deps build ## build the patched daemon for BASES=all of vendor.conf's, and hold each to upstream (docs/bases.md)
 	go test -tags integration -count=1 -v -timeout 0 -run '^TestBases$$' ./integration/upstream -bases $(BASES) -table $(CURDIR)/docs/bases.md
+
+patch: ## write the patch as a series of mails for upstream into build/patch
+	go build -trimpath -buildvcs=false -o $(BERTH) ./hack/berth
+	@$(BERTH) patch
 
 docs: deps build ## write docs/port-drivers.md of what the port drivers answer
 	@$(BERTH) build rootlesskit2

@@ -83,6 +83,7 @@ claimed (stress).`,
 	}
 	cmd.AddCommand(
 		newBuildCommand(),
+		newPatchCommand(),
 		newUpCommand(),
 		newDownCommand(),
 		newRestartCommand(),

@@ -31,6 +31,7 @@ type base struct {
 	root         string
 	bin          string
 	stock, berth string // its trees
+	stepsTested  bool   // the tests run after each commit of the series, too
 	said         string // what the check that runs tells the table
 }
 
@@ -44,6 +45,7 @@ var checks = []struct {
 	{"API", sameAPI},
 	{"Modules", sameModules},
 	{"UnitTests", unitTestsHold},
+	{"Series", seriesHolds},
 }
 
 func TestBases(t *testing.T) {
@@ -106,6 +108,7 @@ func chosen(t *testing.T, root string, list []pins.Pin) []*base {
 		trees := filepath.Join(root, "build", "tree", pin.Version)
 		out = append(out, &base{
 			Pin: pin, root: root, bin: o.Bin(root), stock: filepath.Join(trees, "stock"), berth: filepath.Join(trees, "berth"),
+			stepsTested: *bases != "" && (pin.Version == known[0].Version || pin.Version == known[len(known)-1].Version),
 		})
 	}
 	return out
