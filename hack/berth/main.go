@@ -84,6 +84,7 @@ claimed (stress).`,
 	cmd.AddCommand(
 		newBuildCommand(),
 		newPatchCommand(),
+		newRebaseCommand(),
 		newUpCommand(),
 		newDownCommand(),
 		newRestartCommand(),
