@@ -33,18 +33,6 @@ Nothing uses it yet.`,
 		files: []string{"refusal_linux.go", "request_linux.go"},
 	},
 	{
-		subject: "libnet/pms/nat: explain why no port was found",
-		body: `
-The text of MapPorts' error is all that reaches the user. Name the
-addresses, the range, how many ports were tried, the last refusal, and
-what can be done. "address already in use" stays in it: callers look
-for that.
-
-Nothing uses it yet.`,
-		canGo: "RootlessKit's errors carry a code, and the client words them",
-		files: []string{"explain_linux.go"},
-	},
-	{
 		subject: "libnet/pms/nat: look at the host's ports",
 		body: `
 With RootlessKit's --detach-netns, dockerd's process stays in the host's
@@ -56,7 +44,19 @@ whatever cannot be seen is left to RootlessKit.
 
 Nothing uses it yet.`,
 		canGo: "port allocation itself takes place on the host (moby 52933)",
-		files: []string{"host_linux.go", "holder_linux.go", "main_linux_test.go"},
+		files: []string{"host_linux.go", "holder_linux.go", "main_linux_test.go", "fake_linux_test.go"},
+	},
+	{
+		subject: "libnet/pms/nat: explain why no port was found",
+		body: `
+The text of MapPorts' error is all that reaches the user. Name the
+addresses, the range, how many ports were tried, the last refusal, and
+what can be done. "address already in use" stays in it: callers look
+for that.
+
+Nothing uses it yet.`,
+		canGo: "RootlessKit's errors carry a code, and the client words them",
+		files: []string{"explain_linux.go", "explain_linux_test.go"},
 	},
 	{
 		subject: "libnet/pms/nat: one child address per host address",
@@ -80,7 +80,7 @@ answered in time is given up, and undone when its answer comes.
 
 Nothing uses it yet.`,
 		canGo: "rlkclient's calls have a deadline, and undo what came late",
-		files: []string{"silence_linux.go"},
+		files: []string{"silence_linux.go", "silence_linux_test.go"},
 	},
 	{
 		subject: "libnet/pms/nat: tell who needs a child port",
@@ -91,7 +91,7 @@ a port, and release it in the allocator when nobody does any more.
 
 Nothing uses it yet.`,
 		canGo: "the allocator counts who has a port",
-		files: []string{"reservation_linux.go"},
+		files: []string{"reservation_linux.go", "reservation_linux_test.go"},
 	},
 	{
 		subject: "libnet/pms/nat: list the host's free ports",
@@ -143,7 +143,7 @@ number of ports that were tried, and the last refusal.
 
 Nothing uses it yet.`,
 		canGo: "OSAllocator tells exhaustion, and asks the port driver (moby 50704)",
-		files: []string{"search_linux.go"},
+		files: []string{"search_linux.go", "allocatorports_linux.go"},
 	},
 	{
 		subject: "libnet/pms/nat: find a free host port, if there is one",
@@ -163,8 +163,8 @@ Fixes moby/moby#52903, moby/moby#53153
 Helps moby/moby#53255, moby/moby#53306`,
 		canGo: "the allocator hands out ports that are free on the host",
 		files: []string{
-			door, "fake_linux_test.go", "refusal_linux_test.go", "explain_linux_test.go", "view_linux_test.go", "childip_linux_test.go",
-			"pasta_linux_test.go", "search_linux_test.go", "publish_linux_test.go",
+			door, "refusal_linux_test.go", "view_linux_test.go", "childip_linux_test.go", "pasta_linux_test.go",
+			"search_linux_test.go", "model_linux_test.go", "publish_linux_test.go",
 		},
 	},
 	{
