@@ -75,7 +75,7 @@ bench: build ## run the benchmarks N times, and hold them against the limits (bu
 bench-docs: ## put the plot that `make bench` drew into docs, where the README finds it
 	install -D -m 644 build/results/search-cost.svg docs/search-cost.svg
 
-dist: build ## a release for amd64 and arm64 in build/dist: archives, Debian packages, bills of materials, checksums
+dist: build ## a release for amd64 and arm64 in build/dist: archives, packages, bills of materials, patched sources, checksums
 	@for arch in amd64 arm64; do GOARCH=$$arch $(BERTH) build dockerd docker-proxy || exit; done
 	@go run ./hack/dist amd64 arm64
 
