@@ -21,10 +21,12 @@ import (
 
 // step is one commit of the series.
 type step struct {
-	subject string   // with upstream's prefix, 50 characters or so
-	body    string   // what, why and how it was verified
-	canGo   string   // when upstream will not need it any more
-	files   []string // of the patch; each file is of one step, the door of the first one, too
+	subject  string   // with upstream's prefix, 50 characters or so
+	body     string   // what it does, and why
+	verified string   // how, beside what every step passes
+	reason   string   // in a line, for whoever asks years later why this is carried
+	canGo    string   // when upstream will not need it any more
+	files    []string // of the patch; each file is of one step, the door of the first one, too
 }
 
 // door is the file that the first step takes the port driver's interface out of, and that the last step of the package replaces.
@@ -184,8 +186,9 @@ func withoutType(src []byte, name string) ([]byte, error) {
 }
 
 func (s step) message(who signer) string {
-	trailers := []string{"Can-go-when: " + s.canGo, "Signed-off-by: " + who.String()}
-	return s.subject + "\n\n" + strings.TrimSpace(s.body) + "\n\n" + strings.Join(trailers, "\n") + "\n"
+	trailers := []string{"Reason: " + s.reason, "Can-go-when: " + s.canGo, "Signed-off-by: " + who.String()}
+	verified := "How to verify it: the package compiles, vets, and passes its tests;\n" + s.verified + "."
+	return strings.Join([]string{s.subject, strings.TrimSpace(s.body), verified, strings.Join(trailers, "\n")}, "\n\n") + "\n"
 }
 
 // signer is who signs the series off, and when.

@@ -37,7 +37,7 @@ func NewPortMapper(PortDriverClient) {}
 )
 
 var small = []step{
-	{subject: "nat: move", body: "\nWhy.\n", canGo: "never", files: []string{"driver_linux.go"}},
+	{subject: "nat: move", body: "\nWhy.\n", verified: "run it", reason: "so", canGo: "never", files: []string{"driver_linux.go"}},
 	{subject: "nat: search", body: "Why not.", canGo: "soon", files: []string{"mapper_linux.go", "search_linux.go"}},
 	{subject: "integration: test", body: "Because.", canGo: "never"},
 }
@@ -116,7 +116,7 @@ func TestSeriesGivesThePatchedTree(t *testing.T) {
 	})
 	message, err := repo.git(t.Context(), "log", "-1", "--format=%an <%ae>%n%B", "HEAD~2")
 	assert.NilError(t, err)
-	assert.Equal(t, strings.TrimSpace(message), "Some Body <some@example.com>\nnat: move\n\nWhy.\n\nCan-go-when: never\nSigned-off-by: Some Body <some@example.com>")
+	assert.Equal(t, strings.TrimSpace(message), "Some Body <some@example.com>\nnat: move\n\nWhy.\n\nHow to verify it: the package compiles, vets, and passes its tests;\nrun it.\n\nReason: so\nCan-go-when: never\nSigned-off-by: Some Body <some@example.com>")
 }
 
 func TestCoverLetter(t *testing.T) {
@@ -183,7 +183,7 @@ func TestEveryFileOfThePatchIsOfOneStep(t *testing.T) {
 func TestSteps(t *testing.T) {
 	for _, step := range steps {
 		assert.Check(t, len(step.subject) <= 72, step.subject)
-		assert.Check(t, step.canGo != "", step.subject)
+		assert.Check(t, step.verified != "" && step.reason != "" && step.canGo != "", step.subject)
 		for line := range strings.Lines(step.body) {
 			assert.Check(t, len(line) <= 76, "%s: %s", step.subject, line)
 		}
