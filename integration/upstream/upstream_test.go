@@ -119,7 +119,9 @@ const intro = `# The patch on every base
 Written by ` + "`make bases`" + `. For each version of upstream in vendor.conf: what of the nat package's exported API the patch
 changes, whether the patched dockerd is made of the same modules as the stock one, and how many of upstream's own tests
 (of ` + "`portmappers/nat`, `portmapperapi`, `portallocator`, `internal/rlkclient`, `drvregistry`, `drivers/bridge`" + ` and of libnetwork
-itself) pass in both trees. The rest fail or are skipped in both; one that passes in stock alone fails ` + "`make bases`" + `.
+itself) pass in both trees. The rest fail or are skipped in both; one that passes in stock alone fails ` + "`make bases`" + `. Last, the
+series that ` + "`make patch`" + ` writes is applied to the base, built after each commit, and taken back; "each tested": the package's
+tests run after each, too.
 
 `
 
