@@ -1,6 +1,6 @@
 # `make` lists the targets. All that is built goes to build/.
 .DEFAULT_GOAL := help
-.PHONY: help deps build stress users test race lock rootful soak docs check bench bench-docs dist clean
+.PHONY: help deps build bases patch stress users test race lock rootful soak docs check bench bench-docs dist clean
 .NOTPARALLEL: # go uses all processors itself, and the order of what a target needs is meant
 
 BERTH := build/bin/berth
@@ -8,6 +8,7 @@ N     ?= 10# times that `make bench` runs all benchmarks, one after the other
 # Stock and Berth differ by a hundredth of what a publish through RootlessKit takes: that needs more samples than the rest.
 CLOSE := RootlessKit/NoRefusal
 BENCH := build/bench.test -test.run '^$$' -test.benchmem -test.cpu 1,2
+BASES ?= all# of `make bases`, VERSION[,VERSION]
 DURATION ?= 20m# of `make soak`
 CODE  := $(wildcard daemon hack integration)
 # Tests run through this: a line as each (or each package) ends, a summary of them all, and a failure for a skip that .ci/skips does not expect.
@@ -46,6 +47,13 @@ rootful: deps build ## start a rootful daemon beside 0 to 5,000 taken ports in a
 soak: deps build ## start and stop containers on a churning host for DURATION=20m, and look for what grows or is left
 	go test -tags integration -count=1 -v -timeout 0 -run '^TestSoak$$' ./integration/soak -duration $(DURATION)
 
+bases: deps build ## build the patched daemon for BASES=all of vendor.conf's, and hold each to upstream (docs/bases.md)
+	go test -tags integration -count=1 -v -timeout 0 -run '^TestBases$$' ./integration/upstream -bases $(BASES) -table $(CURDIR)/docs/bases.md
+
+patch: ## write the patch as a series of mails for upstream into build/patch
+	go build -trimpath -buildvcs=false -o $(BERTH) ./hack/berth
+	@$(BERTH) patch
+
 docs: deps build ## write docs/port-drivers.md of what the port drivers answer
 	@$(BERTH) build rootlesskit2 rootlesskit31
 	go test -tags integration -count=1 ./integration/portdriver -update
@@ -70,7 +78,7 @@ bench: build ## run the benchmarks N times, and hold them against the limits (bu
 bench-docs: ## put the plot that `make bench` drew into docs, where the README finds it
 	install -D -m 644 build/results/search-cost.svg docs/search-cost.svg
 
-dist: build ## a release for amd64 and arm64 in build/dist: archives, Debian packages, bills of materials, checksums
+dist: build ## a release for amd64 and arm64 in build/dist: archives, packages, bills of materials, patched sources, checksums
 	@for arch in amd64 arm64; do GOARCH=$$arch $(BERTH) build dockerd docker-proxy || exit; done
 	@go run ./hack/dist amd64 arm64
 

@@ -83,6 +83,8 @@ claimed (stress).`,
 	}
 	cmd.AddCommand(
 		newBuildCommand(),
+		newPatchCommand(),
+		newRebaseCommand(),
 		newUpCommand(),
 		newDownCommand(),
 		newRestartCommand(),

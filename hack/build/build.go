@@ -20,6 +20,7 @@ import (
 	"golang.org/x/mod/sumdb/dirhash"
 	"golang.org/x/sys/unix"
 
+	"berth/hack/checkout"
 	"berth/hack/pins"
 	"berth/hack/progress"
 	"berth/hack/tree"
@@ -30,20 +31,50 @@ import (
 const Race = "dockerd-race"
 
 // Run builds the components of the checkout at root that are named, without names all but the optional ones, and tells out
-// about each in a line. With GOARCH set to another architecture than this machine's, it builds for that, into build/bin/GOARCH. What it needs of them is in place under build/bin when it returns nil. An interrupted or failed Run leaves
-// the binaries of the one before it; the next goes on from there.
+// about each in a line. With GOARCH set to another architecture than this machine's, it builds for that, into build/bin/GOARCH.
+// What it needs of them is in place under build/bin when it returns nil. An interrupted or failed Run leaves the binaries of the one
+// before it; the next goes on from there.
 func Run(ctx context.Context, root string, out io.Writer, names []string) error {
-	err := run(ctx, root, out, names)
+	return Options{}.Run(ctx, root, out, names)
+}
+
+// Options say what is built otherwise than Run does.
+type Options struct {
+	Base  string // build the components of this base, and put them below build/base/<version>
+	Force bool   // patch a base whose nat package is not the one that the patch was written against
+}
+
+// Run is as the function of that name.
+func (o Options) Run(ctx context.Context, root string, out io.Writer, names []string) error {
+	err := o.run(ctx, root, out, names)
 	if err != nil && ctx.Err() != nil {
 		return errors.New("stopped: build again to go on from here")
 	}
 	return err
 }
 
-func run(ctx context.Context, root string, out io.Writer, names []string) error {
+// Bin is the folder that Run builds into.
+func (o Options) Bin(root string) string {
+	if o.Base == "" {
+		return checkout.Bin(root)
+	}
+	return filepath.Join(root, "build", "base", o.Base)
+}
+
+func (o Options) run(ctx context.Context, root string, out io.Writer, names []string) error {
 	list, err := pins.Load(filepath.Join(root, "vendor.conf"))
 	if err != nil {
 		return err
+	}
+	bases := pins.Bases(list)
+	if o.Base != "" {
+		base, err := pins.Base(list, o.Base)
+		if err != nil {
+			return err
+		}
+		list = []pins.Pin{base}
+	} else if len(bases) > 1 {
+		list = slices.DeleteFunc(list, func(pin pins.Pin) bool { return pin.Patch != 0 && pin.Version != bases[0].Version })
 	}
 	all, err := components(ctx, root, list)
 	if err != nil {
@@ -59,8 +90,9 @@ func run(ctx context.Context, root string, out io.Writer, names []string) error 
 	} else if arch, host, _ := strings.Cut(goarch, "\n"); arch != host {
 		foreign = arch
 	}
-	for _, dir := range []string{filepath.Join("bin", foreign), "log", filepath.Join("stamp", foreign)} {
-		if err := os.MkdirAll(filepath.Join(root, "build", dir), 0o755); err != nil {
+	b := builder{Options: o, root: root, foreign: foreign, out: out, bases: bases, dirs: map[string]string{}}
+	for _, dir := range []string{b.bin(""), filepath.Join(root, "build", "log"), b.stamp("")} {
+		if err := os.MkdirAll(dir, 0o755); err != nil {
 			return err
 		}
 	}
@@ -70,7 +102,6 @@ func run(ctx context.Context, root string, out io.Writer, names []string) error 
 	}
 	defer unlock()
 
-	b := builder{root: root, foreign: foreign, out: out, dirs: map[string]string{}}
 	if b.goVersion, err = output(ctx, root, "go", "env", "GOVERSION", "GOOS", "GOARCH"); err != nil {
 		return err
 	}
@@ -194,10 +225,12 @@ func lock(ctx context.Context, root string, out io.Writer) (unlock func(), _ err
 
 // builder is what the components of one Run have in common.
 type builder struct {
+	Options
 	root      string
 	foreign   string // the architecture to build for, if it is not this machine's
 	out       io.Writer
 	goVersion string
+	bases     []pins.Pin
 	dirs      map[string]string // the source folders made so far, by what they are made of
 }
 
@@ -205,9 +238,9 @@ type builder struct {
 func (b *builder) bring(ctx context.Context, c component) error {
 	fmt.Fprintf(b.out, "%-24s %-16s ", c.name, c.version)
 	start := time.Now()
-	stamp := filepath.Join(b.root, "build", "stamp", b.foreign, c.name)
+	stamp := b.stamp(c.name)
 	key := b.key(c)
-	stale := !current(stamp, key) || !exists(b.bin(c))
+	stale := !current(stamp, key) || !exists(b.bin(c.name))
 	quiet := func() {}
 	if stale {
 		fmt.Fprint(b.out, "building")
@@ -235,8 +268,10 @@ func (b *builder) bring(ctx context.Context, c component) error {
 	return os.WriteFile(stamp, []byte(key), 0o644)
 }
 
-func (b *builder) bin(c component) string {
-	return filepath.Join(b.root, "build", "bin", b.foreign, c.name)
+func (b *builder) bin(name string) string { return filepath.Join(b.Bin(b.root), b.foreign, name) }
+
+func (b *builder) stamp(name string) string {
+	return filepath.Join(b.root, "build", "stamp", b.Base, b.foreign, name)
 }
 
 // key is everything that the component's binary depends on.
@@ -288,7 +323,9 @@ func (b *builder) source(ctx context.Context, c component) (string, error) {
 	switch {
 	case err != nil:
 	case c.patched:
-		dir, err = tree.Berth(b.root, c.pin, dir)
+		if err = b.checkNAT(ctx, c.pin, dir); err == nil {
+			dir, err = tree.Berth(b.root, c.pin, dir)
+		}
 	case c.pin.Patch != 0:
 		dir, err = tree.Stock(b.root, c.pin, dir)
 	case exists(filepath.Join(dir, "vendor.mod")):
@@ -298,8 +335,39 @@ func (b *builder) source(ctx context.Context, c component) (string, error) {
 	return dir, err
 }
 
+// checkNAT refuses a base, with its module's folder, whose nat package the patch was not written against: it shows how that differs.
+func (b *builder) checkNAT(ctx context.Context, base pins.Pin, module string) error {
+	hash, err := tree.NATHash(module)
+	if err != nil || hash == base.NAT || b.Force {
+		return err
+	}
+	refused := fmt.Errorf("%s's %s has changed: vendor.conf has nat=%s, this is nat=%s (read what changed, and record it there, or use --force)",
+		base.Version, tree.PatchDir, base.NAT, hash)
+	for _, other := range b.bases {
+		if other.Version == base.Version {
+			continue
+		}
+		was, err := tree.Module(ctx, b.root, other)
+		if err != nil {
+			return errors.Join(refused, err)
+		}
+		if hash, err := tree.NATHash(was); err != nil || hash != other.NAT {
+			continue
+		}
+		diff, err := tree.Diff(ctx, was, module, tree.PatchDir)
+		if err != nil {
+			return errors.Join(refused, err)
+		}
+		if diff == "" {
+			diff = "its files do not differ"
+		}
+		return fmt.Errorf("%w; against %s:\n%s", refused, other.Version, diff)
+	}
+	return refused
+}
+
 func (b *builder) build(ctx context.Context, c component, dir string) error {
-	bin := b.bin(c)
+	bin := b.bin(c.name)
 	if c.pin.Debian != "" {
 		if err := b.run(ctx, c, dir, "make", args(c)); err != nil {
 			return err
@@ -320,7 +388,7 @@ func (b *builder) build(ctx context.Context, c component, dir string) error {
 
 // run runs the compiler in dir, with its output in the component's log.
 func (b *builder) run(ctx context.Context, c component, dir, name string, args []string) error {
-	logName := filepath.Join("build", "log", c.name+".log")
+	logName := filepath.Join("build", "log", b.Base+c.name+".log")
 	log, err := os.Create(filepath.Join(b.root, logName))
 	if err != nil {
 		return err

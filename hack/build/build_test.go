@@ -23,13 +23,28 @@ import (
 	"gotest.tools/v3/assert"
 	is "gotest.tools/v3/assert/cmp"
 	gofs "gotest.tools/v3/fs"
+
+	"berth/hack/tree"
 )
 
-const nat = "daemon/libnetwork/portmappers/nat"
+const (
+	nat    = "daemon/libnetwork/portmappers/nat"
+	mapper = "package nat\n\nconst Name = \"upstream\"\n"
+)
 
-// checkout is a small Berth over small modules, which a folder publishes in a module proxy's stead: the whole way from
+// natHash is what vendor.conf records of a base with this mapper.
+func natHash(t *testing.T, mapper string) string {
+	t.Helper()
+	dir := t.TempDir()
+	write(t, filepath.Join(dir, nat, "mapper_linux.go"), mapper)
+	hash, err := tree.NATHash(dir)
+	assert.NilError(t, err)
+	return hash
+}
+
+// newCheckout is a small Berth over small modules, which a folder publishes in a module proxy's stead: the whole way from
 // vendor.conf to binaries that run.
-func checkout(t *testing.T) (root string) {
+func newCheckout(t *testing.T) (root string) {
 	t.Helper()
 	modCache := t.TempDir()
 	t.Cleanup(func() { // go makes it read-only
@@ -47,12 +62,18 @@ func checkout(t *testing.T) (root string) {
 	} {
 		t.Setenv(name, value)
 	}
-	base := publish(t, proxy, "example.com/base", "v1.0.0", map[string]string{
-		"go.mod":                 "module example.com/base\n\ngo 1.25\n",
-		nat + "/mapper_linux.go": "package nat\n\nconst Name = \"upstream\"\n",
-		"contrib/start.sh":       "#!/bin/sh\necho started\n",
-		"v/v.go":                 "package v\n\nvar Version, Commit string\n",
-		"cmd/dockerd/main.go": `package main
+	sums := map[string]string{}
+	for _, version := range []string{"v1.0.0", "v0.9.0", "v0.8.0"} {
+		mapper := mapper
+		if version == "v0.8.0" {
+			mapper += "\nconst Old = true\n"
+		}
+		sums[version] = publish(t, proxy, "example.com/base", version, map[string]string{
+			"go.mod":                 "module example.com/base\n\ngo 1.25\n",
+			nat + "/mapper_linux.go": mapper,
+			"contrib/start.sh":       "#!/bin/sh\necho started\n",
+			"v/v.go":                 "package v\n\nvar Version, Commit string\n",
+			"cmd/dockerd/main.go": `package main
 
 import (
 	"example.com/base/` + nat + `"
@@ -61,18 +82,21 @@ import (
 
 func main() { println(nat.Name, v.Version, v.Commit) }
 `,
-		"cmd/proxy/main.go": "package main\n\nfunc main() { println(\"proxy\") }\n",
-	})
+			"cmd/proxy/main.go": "package main\n\nfunc main() { println(\"proxy\") }\n",
+		})
+	}
 	cli := publish(t, proxy, "example.com/cli", "v3.0.0+incompatible", map[string]string{
 		"vendor.mod": "module example.com/cli\n\ngo 1.25\n",
 		"main.go":    "package main\n\nvar version string\n\nfunc main() { println(\"cli\", version) }\n",
 	})
 	return gofs.NewDir(t, "root",
 		gofs.WithFile("go.mod", "module berth\n\ngo 1.25\n"),
-		gofs.WithFile("go.sum", "example.com/base v1.0.0 "+base+"\n"),
+		gofs.WithFile("go.sum", "example.com/base v1.0.0 "+sums["v1.0.0"]+"\n"),
 		gofs.WithFile("vendor.conf", `
-base  example.com/base  v1.0.0  release=29.0.0 patch=2 packages=./cmd/dockerd,./cmd/proxy files=contrib/start.sh version-var=example.com/base/v.Version commit-var=example.com/base/v.Commit
-cli   example.com/cli   v3.0.0+incompatible  packages=. version-var=main.version `+strings.Replace(cli, ":", "=", 1)+`
+base  example.com/base  v1.0.0  release=29.0.0 patch=2 nat=`+natHash(t, mapper)+` packages=./cmd/dockerd,./cmd/proxy files=contrib/start.sh version-var=example.com/base/v.Version commit-var=example.com/base/v.Commit
+base  example.com/base  v0.9.0  release=28.9.0 nat=`+natHash(t, mapper)+` `+h1(sums["v0.9.0"])+`
+base  example.com/base  v0.8.0  release=28.8.0 nat=h1:wrong= `+h1(sums["v0.8.0"])+`
+cli   example.com/cli   v3.0.0+incompatible  packages=. version-var=main.version `+h1(cli)+`
 other example.com/base  v1.0.0  packages=./cmd/proxy optional=yes
 `),
 		gofs.WithDir(nat,
@@ -81,6 +105,9 @@ other example.com/base  v1.0.0  packages=./cmd/proxy optional=yes
 		),
 	).Path()
 }
+
+// h1 is a hash as vendor.conf has it.
+func h1(sum string) string { return strings.Replace(sum, ":", "=", 1) }
 
 // publish returns the module's hash.
 func publish(t *testing.T, proxy, path, version string, files map[string]string) string {
@@ -135,7 +162,7 @@ func says(t *testing.T, root, name string) string {
 }
 
 func TestBuildsWhatHasChanged(t *testing.T) {
-	root := checkout(t)
+	root := newCheckout(t)
 	assert.DeepEqual(t, result(t, root), map[string]string{
 		"dockerd": "built", "dockerd-stock": "built", "proxy": "built", "start.sh": "built", "cli": "built",
 	})
@@ -173,7 +200,7 @@ func TestBuildsWhatHasChanged(t *testing.T) {
 }
 
 func TestBuildsByName(t *testing.T) {
-	root := checkout(t)
+	root := newCheckout(t)
 	assert.DeepEqual(t, result(t, root, "other", "start.sh"), map[string]string{"start.sh": "built", "other": "built"})
 	assert.Equal(t, says(t, root, "other"), "proxy")
 
@@ -181,8 +208,46 @@ func TestBuildsByName(t *testing.T) {
 	assert.Error(t, err, `no component "moby": there are dockerd, dockerd-race, dockerd-stock, proxy, start.sh, cli, other`)
 }
 
+func TestAnotherBaseIsBuiltBesideTheDefaultOne(t *testing.T) {
+	root := newCheckout(t)
+	result(t, root, "dockerd")
+	older := Options{Base: "v0.9.0"}
+	assert.NilError(t, older.Run(t.Context(), root, &bytes.Buffer{}, nil))
+	says := func(name string) string {
+		t.Helper()
+		out, err := exec.Command(filepath.Join(older.Bin(root), name)).CombinedOutput()
+		assert.NilError(t, err)
+		return strings.TrimSpace(string(out))
+	}
+	assert.Equal(t, says("dockerd"), "patched 28.9.0+berth.2 unknown")
+	assert.Equal(t, says("dockerd-stock"), "upstream 28.9.0 v0.9.0")
+	assert.Equal(t, says("proxy"), "proxy")
+	assert.Check(t, is.Len(files(t, older.Bin(root)), 4))
+	assert.DeepEqual(t, result(t, root, "dockerd"), map[string]string{"dockerd": "unchanged"})
+
+	var out bytes.Buffer
+	assert.NilError(t, older.Run(t.Context(), root, &out, []string{"dockerd"}))
+	assert.Check(t, is.Contains(out.String(), "unchanged"))
+	assert.ErrorContains(t, Options{Base: "v0.7.0"}.Run(t.Context(), root, &out, nil), "no base v0.7.0 in vendor.conf: there are v1.0.0, v0.9.0, v0.8.0")
+	assert.ErrorContains(t, older.Run(t.Context(), root, &out, []string{"cli"}), `no component "cli": there are dockerd, dockerd-race, dockerd-stock, proxy, start.sh`)
+}
+
+func TestRefusesABaseWhosePackageHasChanged(t *testing.T) {
+	root := newCheckout(t)
+	changed := Options{Base: "v0.8.0"}
+	err := changed.Run(t.Context(), root, &bytes.Buffer{}, []string{"dockerd"})
+	assert.ErrorContains(t, err, "v0.8.0's "+nat+" has changed: vendor.conf has nat=h1:wrong=, this is nat=h1:")
+	assert.ErrorContains(t, err, "against v1.0.0:\n")
+	assert.ErrorContains(t, err, "\n+const Old = true\n")
+	assert.Check(t, is.Len(files(t, changed.Bin(root)), 0))
+	assert.NilError(t, changed.Run(t.Context(), root, &bytes.Buffer{}, []string{"dockerd-stock"})) // is not patched
+
+	changed.Force = true
+	assert.NilError(t, changed.Run(t.Context(), root, &bytes.Buffer{}, []string{"dockerd"}))
+}
+
 func TestRaceIsThePatchWithTheDetector(t *testing.T) {
-	root := checkout(t)
+	root := newCheckout(t)
 	assert.DeepEqual(t, result(t, root, Race), map[string]string{Race: "built"})
 	assert.Equal(t, says(t, root, Race), "patched 29.0.0+berth.2 unknown")
 	info, err := buildinfo.ReadFile(filepath.Join(root, "build/bin", Race))
@@ -195,7 +260,7 @@ func TestRaceIsThePatchWithTheDetector(t *testing.T) {
 }
 
 func TestSourcesAreThoseOfTheirHash(t *testing.T) {
-	root := checkout(t)
+	root := newCheckout(t)
 	name := filepath.Join(root, "vendor.conf")
 	conf, err := os.ReadFile(name)
 	assert.NilError(t, err)
@@ -215,7 +280,7 @@ func TestSourcesAreThoseOfTheirHash(t *testing.T) {
 }
 
 func TestBuildsForAnotherArchitecture(t *testing.T) {
-	root := checkout(t)
+	root := newCheckout(t)
 	foreign := "arm64"
 	if runtime.GOARCH == foreign {
 		foreign = "amd64"
@@ -232,7 +297,7 @@ func TestBuildsForAnotherArchitecture(t *testing.T) {
 }
 
 func TestFailureShowsTheCompilersOutput(t *testing.T) {
-	root := checkout(t)
+	root := newCheckout(t)
 	result(t, root, "dockerd")
 	write(t, filepath.Join(root, nat, "mapper_linux.go"), "package nat\n\nconst Name = nothing\n")
 	err := Run(t.Context(), root, &bytes.Buffer{}, nil)
@@ -246,7 +311,7 @@ func TestFailureShowsTheCompilersOutput(t *testing.T) {
 }
 
 func TestDebianSourceIsMade(t *testing.T) {
-	root := checkout(t)
+	root := newCheckout(t)
 	src := gofs.NewDir(t, "src", gofs.WithDir("tool-1.0", gofs.WithFile("Makefile", `FLAGS ?= none
 tool: real
 	ln -s real tool
@@ -294,7 +359,7 @@ func (s stopper) Write(p []byte) (int, error) {
 }
 
 func TestStoppedBuildIsGoneOnWith(t *testing.T) {
-	root := checkout(t)
+	root := newCheckout(t)
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
 	err := Run(ctx, root, stopper{"building", cancel}, nil)
@@ -308,7 +373,7 @@ func TestStoppedBuildIsGoneOnWith(t *testing.T) {
 }
 
 func TestWaitsForAnotherBuild(t *testing.T) {
-	root := checkout(t)
+	root := newCheckout(t)
 	assert.NilError(t, os.Mkdir(filepath.Join(root, "build"), 0o755))
 	unlock, err := lock(t.Context(), root, &bytes.Buffer{})
 	assert.NilError(t, err)
@@ -330,7 +395,7 @@ func TestWaitsForAnotherBuild(t *testing.T) {
 }
 
 func TestCommitNamesTheLastChangeOfDockerd(t *testing.T) {
-	root := checkout(t)
+	root := newCheckout(t)
 	git := func(arg ...string) string {
 		t.Helper()
 		arg = append([]string{"-c", "user.name=t", "-c", "user.email=t@example.com"}, arg...)

@@ -86,6 +86,10 @@ func run(ctx context.Context, out string, archs []string) error {
 			return err
 		}
 	}
+	fmt.Println("the patched sources")
+	if err := r.sources(ctx); err != nil {
+		return err
+	}
 	if err := sums(r.out); err != nil {
 		return err
 	}
@@ -142,6 +146,28 @@ func (r release) pack(ctx context.Context, arch string) error {
 		}
 	}
 	return nil
+}
+
+// sources packs what dockerd is built from, for those who build it themselves: the base with the patch in it.
+func (r release) sources(ctx context.Context) error {
+	stages, err := os.MkdirTemp("", "berth-dist-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(stages)
+	module, err := tree.Module(ctx, r.root, r.base)
+	if err != nil {
+		return err
+	}
+	dir, err := tree.Berth(r.root, r.base, module)
+	if err != nil {
+		return err
+	}
+	name := fmt.Sprintf("berth-%s-source", r.Version)
+	if err := os.CopyFS(filepath.Join(stages, name), os.DirFS(dir)); err != nil {
+		return err
+	}
+	return archive(filepath.Join(r.out, name+".tar.gz"), filepath.Join(stages, name), r.Time)
 }
 
 func (r release) stagePrograms(ctx context.Context, stage, arch string) error {

@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -20,7 +21,8 @@ type Pin struct {
 	Module  string // Go module path, or the name of a Debian source package
 	Version string // the module's, canonical, or upstream's in the Debian package's
 	Release string // the product's own version without a "v": the module's unless the line says otherwise
-	Patch   int    // Berth's patch number on the base's line, 0 on all others
+	Patch   int    // Berth's patch number on a base's line, 0 on all others
+	NAT     string // on a base's line: the hash of the nat package that the patch was written against
 
 	Packages []string // to build, each "." or "./..."
 	Files    []string // to take as they are, relative to the source's folder; made first when that is Debian's
@@ -49,7 +51,7 @@ func Load(path string) ([]Pin, error) {
 // Parse reads r. Its errors start with name and the number of the first line that is wrong.
 func Parse(name string, r io.Reader) ([]Pin, error) {
 	var list []Pin
-	base := 0
+	var base Pin // the default one
 	lines := map[string]int{}
 	sc := bufio.NewScanner(r)
 	for n := 1; sc.Scan(); n++ {
@@ -57,20 +59,29 @@ func Parse(name string, r io.Reader) ([]Pin, error) {
 		if len(fields) == 0 || strings.HasPrefix(fields[0], "#") {
 			continue
 		}
-		pin, err := parseLine(fields)
+		id := fields[0] // the line's name, on a base's line with the version
+		var pin Pin
+		var err error
+		if older := base.Patch != 0 && len(fields) >= 3 && id == base.Name; older {
+			id += " " + fields[2]
+			pin, err = base.older(fields)
+		} else {
+			pin, err = parseLine(fields)
+		}
 		switch {
 		case err != nil:
-		case lines[pin.Name] != 0:
-			err = fmt.Errorf("name %q is already used on line %d", pin.Name, lines[pin.Name])
-		case pin.Patch != 0 && base != 0:
-			err = fmt.Errorf("a second base (patch=%d): the first is on line %d", pin.Patch, base)
+		case lines[id] != 0:
+			err = fmt.Errorf("name %q is already used on line %d", id, lines[id])
+		case pin.Patch != 0 && base.Patch != 0 && pin.Name != base.Name:
+			err = fmt.Errorf("a second base (patch=%d): the first is on line %d, and another of its versions has its name", pin.Patch, lines[base.Name])
 		}
 		if err != nil {
 			return nil, fmt.Errorf("%s:%d: %w", name, n, err)
 		}
-		lines[pin.Name] = n
-		if pin.Patch != 0 {
-			base = n
+		lines[id] = n
+		if pin.Patch != 0 && base.Patch == 0 {
+			base = pin
+			lines[id+" "+pin.Version] = n
 		}
 		list = append(list, pin)
 	}
@@ -80,30 +91,78 @@ func Parse(name string, r io.Reader) ([]Pin, error) {
 	return list, nil
 }
 
+// Base is the base of the version given, "" for the default one.
+func Base(list []Pin, version string) (Pin, error) {
+	bases := Bases(list)
+	for _, base := range bases {
+		if version == "" || version == base.Version {
+			return base, nil
+		}
+	}
+	if len(bases) == 0 {
+		return Pin{}, errors.New("vendor.conf has no base: no line has patch=")
+	}
+	var known []string
+	for _, base := range bases {
+		known = append(known, base.Version)
+	}
+	return Pin{}, fmt.Errorf("no base %s in vendor.conf: there are %s", version, strings.Join(known, ", "))
+}
+
+// Bases are the versions of upstream that Berth is a patch for, the default one first.
+func Bases(list []Pin) []Pin {
+	return slices.DeleteFunc(slices.Clone(list), func(pin Pin) bool { return pin.Patch == 0 })
+}
+
 func parseLine(fields []string) (Pin, error) {
 	if len(fields) < 3 {
 		return Pin{}, fmt.Errorf("want a name, a module and a version, got %q", strings.Join(fields, " "))
 	}
 	pin := Pin{Name: fields[0], Module: fields[1], Version: fields[2]}
 	pin.Release = strings.TrimSuffix(strings.TrimPrefix(pin.Version, "v"), "+incompatible")
-	seen := map[string]bool{}
-	for _, field := range fields[3:] {
-		key, value, ok := strings.Cut(field, "=")
-		if !ok || value == "" {
-			return Pin{}, fmt.Errorf("want key=value, got %q", field)
-		}
-		if seen[key] {
-			return Pin{}, fmt.Errorf("%s is given twice", key)
-		}
-		seen[key] = true
-		if err := pin.set(key, value); err != nil {
-			return Pin{}, err
-		}
+	if err := setAll(fields[3:], pin.set); err != nil {
+		return Pin{}, err
 	}
 	if len(pin.Packages)+len(pin.Files) == 0 {
 		return Pin{}, errors.New("nothing to build: add packages= or files=")
 	}
 	return pin, pin.checkSource()
+}
+
+// older is another version of p, which is the default base: it has p's settings, but for what tells the two apart.
+func (p Pin) older(fields []string) (Pin, error) {
+	if fields[1] != p.Module {
+		return Pin{}, fmt.Errorf("name %q is already that of %s", p.Name, p.Module)
+	}
+	p.Version, p.Release, p.NAT, p.Sum = fields[2], strings.TrimPrefix(fields[2], "v"), "", ""
+	err := setAll(fields[3:], func(key, value string) error {
+		if key != "release" && key != "nat" && key != "h1" {
+			return fmt.Errorf("%s=: another base takes it from the default one's line", key)
+		}
+		return p.set(key, value)
+	})
+	if err != nil {
+		return Pin{}, err
+	}
+	return p, p.checkSource()
+}
+
+func setAll(fields []string, set func(key, value string) error) error {
+	seen := map[string]bool{}
+	for _, field := range fields {
+		key, value, ok := strings.Cut(field, "=")
+		if !ok || value == "" {
+			return fmt.Errorf("want key=value, got %q", field)
+		}
+		if seen[key] {
+			return fmt.Errorf("%s is given twice", key)
+		}
+		seen[key] = true
+		if err := set(key, value); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 var (
@@ -160,6 +219,8 @@ func (p *Pin) set(key, value string) (err error) {
 		if err != nil || p.Patch < 1 {
 			return fmt.Errorf("patch=%s: want a number from 1 up", value)
 		}
+	case "nat":
+		p.NAT = value
 	case "version-var":
 		p.VersionVar = value
 	case "commit-var":

@@ -53,7 +53,8 @@ func TestParseSaysLineAndMistake(t *testing.T) {
 		{"empty value", good + "x example.com/x v1.0.0 packages=", `vendor.conf:2: want key=value, got "packages="`},
 		{"unknown key", good + "\n# comment\nx example.com/x v1.0.0 package=.", `vendor.conf:4: unknown key "package"`},
 		{"key twice", "x example.com/x v1.0.0 packages=. packages=./y", "vendor.conf:1: packages is given twice"},
-		{"name twice", good + "good example.com/x v1.0.0 packages=.", `vendor.conf:2: name "good" is already used on line 1`},
+		{"name twice", "x example.com/x v1.0.0 packages=.\n" + good + "x example.com/x v1.0.0 packages=.", `vendor.conf:3: name "x" is already used on line 1`},
+		{"base twice", good + "good example.com/good v1.0.0", `vendor.conf:2: name "good v1.0.0" is already used on line 1`},
 		{"second base", good + "x example.com/x v1.0.0 packages=. patch=2", "vendor.conf:2: a second base (patch=2): the first is on line 1"},
 		{"nothing to build", "x example.com/x v1.0.0 cgo=yes", "vendor.conf:1: nothing to build"},
 		{"package", "x example.com/x v1.0.0 packages=cmd/x", `vendor.conf:1: package "cmd/x": want`},
@@ -65,6 +66,9 @@ func TestParseSaysLineAndMistake(t *testing.T) {
 		{"Debian package", "x ../x 1.0 debian=trixie files=x", `vendor.conf:1: malformed Debian source package "../x"`},
 		{"Debian revision", "x x 1.0-2 debian=trixie files=x", "vendor.conf:1: x 1.0-2: want an upstream version"},
 		{"no sha256", "x x 1.0 debian=trixie files=x", "vendor.conf:1: sha256=: want the 64 hexadecimal digits"},
+		{"another base's settings", good + "good example.com/good v1.1.0 packages=.", "vendor.conf:2: packages=: another base takes it from the default one's line"},
+		{"another base's module", good + "good example.com/x v1.1.0", `vendor.conf:2: name "good" is already that of example.com/good`},
+		{"another base's version", good + "good example.com/good 1.1.0", "vendor.conf:2: example.com/good@1.1.0: invalid version"},
 		{"patch", "x example.com/x v1.0.0 packages=. patch=0", "vendor.conf:1: patch=0: want a number"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -72,6 +76,35 @@ func TestParseSaysLineAndMistake(t *testing.T) {
 			assert.ErrorContains(t, err, tc.want)
 		})
 	}
+}
+
+func TestBases(t *testing.T) {
+	list, err := Parse("vendor.conf", strings.NewReader(`
+tool example.com/tool v1.2.3 packages=.
+base example.com/base v1.3.0 release=30.0.1 patch=2 nat=h1:new= packages=./cmd/a tags=x version-var=v.V
+base example.com/base v1.2.0 release=30.0.0 nat=h1:old=
+base example.com/base v1.1.0
+`))
+	assert.NilError(t, err)
+	newest := Pin{
+		Name: "base", Module: "example.com/base", Version: "v1.3.0", Release: "30.0.1", Patch: 2, NAT: "h1:new=",
+		Packages: []string{"./cmd/a"}, Tags: []string{"x"}, VersionVar: "v.V",
+	}
+	older, oldest := newest, newest
+	older.Version, older.Release, older.NAT = "v1.2.0", "30.0.0", "h1:old="
+	oldest.Version, oldest.Release, oldest.NAT = "v1.1.0", "1.1.0", ""
+	assert.DeepEqual(t, Bases(list), []Pin{newest, older, oldest})
+
+	base, err := Base(list, "")
+	assert.NilError(t, err)
+	assert.DeepEqual(t, base, newest)
+	base, err = Base(list, "v1.2.0")
+	assert.NilError(t, err)
+	assert.DeepEqual(t, base, older)
+	_, err = Base(list, "v1.0.0")
+	assert.Error(t, err, "no base v1.0.0 in vendor.conf: there are v1.3.0, v1.2.0, v1.1.0")
+	_, err = Base(list[:1], "")
+	assert.ErrorContains(t, err, "vendor.conf has no base")
 }
 
 func TestParseReportsReadErrors(t *testing.T) {
@@ -95,8 +128,13 @@ func TestVendorConfAgreesWithGoMod(t *testing.T) {
 		required[r.Mod.Path] = r.Mod.Version
 	}
 
+	base, err := Base(list, "")
+	assert.NilError(t, err)
 	both := map[string]bool{}
 	for _, pin := range list {
+		if pin.Patch != 0 && pin.Version != base.Version {
+			continue // an older base
+		}
 		// Another version beside go.mod's is for tests that name it.
 		if v, ok := required[pin.Module]; ok && (v == pin.Version || !pin.Optional) {
 			both[pin.Module] = true

@@ -6,46 +6,57 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
+
+	"golang.org/x/mod/sumdb/dirhash"
 
 	"berth/hack/pins"
 )
 
-// patchDir is the patch's folder, here as upstream. Nothing else of the base is touched.
-const patchDir = "daemon/libnetwork/portmappers/nat"
+// PatchDir is the patch's folder, here as upstream. Nothing else of the base is touched.
+const PatchDir = "daemon/libnetwork/portmappers/nat"
 
 // Module is the folder of pin's module in the Go module cache, read-only; the module is downloaded if need be. Nothing is
 // made of a module whose hash is not the one that vendor.conf or go.sum has.
 func Module(ctx context.Context, root string, pin pins.Pin) (string, error) {
-	want, err := sum(root, pin)
+	want, err := Sum(root, pin)
 	if err != nil {
 		return "", err
 	}
+	dir, sum, err := Download(ctx, root, pin)
+	if err == nil && sum != want {
+		return "", fmt.Errorf("%s@%s is not what it was: its hash is %s, it should be %s", pin.Module, pin.Version, sum, want)
+	}
+	return dir, err
+}
+
+// Download is the folder of pin's module, and its hash, which is held against nothing but what go.sum says of it, if anything.
+func Download(ctx context.Context, root string, pin pins.Pin) (dir, sum string, _ error) {
 	cmd := exec.CommandContext(ctx, "go", "mod", "download", "-json", pin.Module+"@"+pin.Version)
 	cmd.Dir = root // so that root's go.sum is held against what it lists
 	cmd.Env = append(os.Environ(), "GOWORK=off", "GOFLAGS=-mod=readonly")
 	var stdout, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
-	err = cmd.Run()
+	err := cmd.Run()
 	var m struct{ Dir, Sum, Error string }
 	_ = json.Unmarshal(stdout.Bytes(), &m) // nothing is printed when the command itself fails: then its stderr says why
 	if err != nil {
-		return "", fmt.Errorf("download %s@%s: %w: %s", pin.Module, pin.Version, err, strings.TrimSpace(m.Error+stderr.String()))
+		return "", "", fmt.Errorf("download %s@%s: %w: %s", pin.Module, pin.Version, err, strings.TrimSpace(m.Error+stderr.String()))
 	}
-	if m.Sum != want {
-		return "", fmt.Errorf("%s@%s is not what it was: its hash is %s, it should be %s", pin.Module, pin.Version, m.Sum, want)
-	}
-	return m.Dir, nil
+	return m.Dir, m.Sum, nil
 }
 
-// sum is the hash that pin's module must have.
-func sum(root string, pin pins.Pin) (string, error) {
+// Sum is the hash that pin's module must have.
+func Sum(root string, pin pins.Pin) (string, error) {
 	if pin.Sum != "" {
 		return pin.Sum, nil
 	}
@@ -87,20 +98,43 @@ func Berth(root string, base pins.Pin, module string) (string, error) {
 
 // Patch lists the patch's files: where each goes in the base's tree, and where it is.
 func Patch(root string) (map[string]string, error) {
-	found, err := list(filepath.Join(root, patchDir))
+	found, err := list(filepath.Join(root, PatchDir))
 	if err != nil {
 		return nil, err
 	}
 	files := map[string]string{}
 	for rel, src := range found {
 		if !strings.HasPrefix(filepath.Base(rel), ".") { // an editor's
-			files[filepath.Join(patchDir, rel)] = src
+			files[filepath.Join(PatchDir, rel)] = src
 		}
 	}
 	if len(files) == 0 {
-		return nil, fmt.Errorf("%s: no files: the patch is missing", filepath.Join(root, patchDir))
+		return nil, fmt.Errorf("%s: no files: the patch is missing", filepath.Join(root, PatchDir))
 	}
 	return files, nil
+}
+
+// NATHash is the hash of the package that the patch replaces, in the base's folder: of what is compiled, not of its tests.
+func NATHash(module string) (string, error) {
+	files, err := list(filepath.Join(module, PatchDir))
+	if err != nil {
+		return "", err
+	}
+	maps.DeleteFunc(files, func(rel, _ string) bool { return strings.HasSuffix(rel, "_test.go") })
+	return dirhash.Hash1(slices.Collect(maps.Keys(files)), func(rel string) (io.ReadCloser, error) { return os.Open(files[rel]) })
+}
+
+// Diff shows how folder of the base's folder module differs from that of the base's folder was; "" if it doesn't.
+func Diff(ctx context.Context, was, module, folder string) (string, error) {
+	cmd := exec.CommandContext(ctx, "git", "diff", "--no-index", "--no-color", "--no-ext-diff", filepath.Join(was, folder), filepath.Join(module, folder))
+	cmd.Env = append(os.Environ(), "GIT_CONFIG_GLOBAL=/dev/null", "GIT_CONFIG_NOSYSTEM=1")
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if exit := (*exec.ExitError)(nil); err != nil && !(errors.As(err, &exit) && exit.ExitCode() == 1 && stderr.Len() == 0) { // 1: they differ
+		return "", fmt.Errorf("compare %s: %w: %s", folder, err, strings.TrimSpace(stderr.String()))
+	}
+	return strings.NewReplacer(was, "", module, "").Replace(string(out)), nil
 }
 
 // Vendored makes build/tree/<name>/<version> of the folder of a module that keeps its go.mod as vendor.mod, as docker's older

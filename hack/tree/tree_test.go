@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"gotest.tools/v3/assert"
+	is "gotest.tools/v3/assert/cmp"
 	gofs "gotest.tools/v3/fs"
 
 	"berth/hack/pins"
@@ -30,7 +31,7 @@ func published(t *testing.T) string {
 func checkout(t *testing.T) string {
 	return gofs.NewDir(t, "root",
 		gofs.WithFile("vendor.conf", ""),
-		gofs.WithDir(patchDir,
+		gofs.WithDir(PatchDir,
 			gofs.WithFile("mapper_linux.go", "package nat // ours\n"),
 			gofs.WithFile("search_linux.go", "package nat // ours too\n"),
 			gofs.WithFile(".search_linux.go.swp", "an editor's"),
@@ -50,9 +51,9 @@ func TestTreesDifferInThePatchOnly(t *testing.T) {
 	assert.NilError(t, err)
 	assert.Equal(t, berth, filepath.Join(root, "build/tree/v1.0.0/berth"))
 	want := contents(t, module)
-	want[patchDir+"/mapper_linux.go"] = "package nat // ours\n"
-	want[patchDir+"/search_linux.go"] = "package nat // ours too\n"
-	want[patchDir+"/testdata/seed"] = "1"
+	want[PatchDir+"/mapper_linux.go"] = "package nat // ours\n"
+	want[PatchDir+"/search_linux.go"] = "package nat // ours too\n"
+	want[PatchDir+"/testdata/seed"] = "1"
 	assert.DeepEqual(t, contents(t, berth), want)
 }
 
@@ -64,10 +65,10 @@ func TestUnchangedFilesAreLeftAlone(t *testing.T) {
 	old := filepath.Join(dir, "go.mod")
 	assert.NilError(t, os.Chtimes(old, then, then))
 
-	assert.NilError(t, os.WriteFile(filepath.Join(root, patchDir, "search_linux.go"), []byte("package nat // more\n"), 0o600))
+	assert.NilError(t, os.WriteFile(filepath.Join(root, PatchDir, "search_linux.go"), []byte("package nat // more\n"), 0o600))
 	_, err = Berth(root, base, module)
 	assert.NilError(t, err)
-	assert.Equal(t, contents(t, dir)[patchDir+"/search_linux.go"], "package nat // more\n")
+	assert.Equal(t, contents(t, dir)[PatchDir+"/search_linux.go"], "package nat // more\n")
 	info, err := os.Stat(old)
 	assert.NilError(t, err)
 	assert.Check(t, info.ModTime().Equal(then))
@@ -78,14 +79,14 @@ func TestFilesGoneFromThePatchLeaveTheTree(t *testing.T) {
 	_, err := Berth(root, base, module)
 	assert.NilError(t, err)
 
-	assert.NilError(t, os.Remove(filepath.Join(root, patchDir, "mapper_linux.go")))
-	assert.NilError(t, os.RemoveAll(filepath.Join(root, patchDir, "testdata")))
+	assert.NilError(t, os.Remove(filepath.Join(root, PatchDir, "mapper_linux.go")))
+	assert.NilError(t, os.RemoveAll(filepath.Join(root, PatchDir, "testdata")))
 	dir, err := Berth(root, base, module)
 	assert.NilError(t, err)
 	want := contents(t, module) // upstream's own mapper_linux.go is back
-	want[patchDir+"/search_linux.go"] = "package nat // ours too\n"
+	want[PatchDir+"/search_linux.go"] = "package nat // ours too\n"
 	assert.DeepEqual(t, contents(t, dir), want)
-	_, err = os.Stat(filepath.Join(dir, patchDir, "testdata"))
+	_, err = os.Stat(filepath.Join(dir, PatchDir, "testdata"))
 	assert.ErrorIs(t, err, fs.ErrNotExist)
 }
 
@@ -96,9 +97,9 @@ func TestDamagedTreeIsPutRight(t *testing.T) {
 	inTree := func(rel string) string { return filepath.Join(dir, rel) }
 	assert.NilError(t, os.WriteFile(inTree("go.mod.tmp"), []byte("modul"), 0o600)) // as an interrupted copy leaves it
 	assert.NilError(t, os.Remove(inTree("go.mod")))
-	assert.NilError(t, os.WriteFile(inTree(patchDir+"/mapper_linux.go"), []byte("package nat // edited"), 0o644))
-	assert.NilError(t, os.Remove(inTree(patchDir+"/mapper_linux_test.go")))
-	assert.NilError(t, os.MkdirAll(inTree(patchDir+"/mapper_linux_test.go/now/a/folder"), 0o755))
+	assert.NilError(t, os.WriteFile(inTree(PatchDir+"/mapper_linux.go"), []byte("package nat // edited"), 0o644))
+	assert.NilError(t, os.Remove(inTree(PatchDir+"/mapper_linux_test.go")))
+	assert.NilError(t, os.MkdirAll(inTree(PatchDir+"/mapper_linux_test.go/now/a/folder"), 0o755))
 	assert.NilError(t, os.Symlink("go.mod", inTree("link")))
 
 	_, err = Stock(root, base, module)
@@ -109,10 +110,37 @@ func TestDamagedTreeIsPutRight(t *testing.T) {
 func TestMissingPatchIsAnError(t *testing.T) {
 	root, module := t.TempDir(), published(t)
 	_, err := Berth(root, base, module)
-	assert.ErrorContains(t, err, patchDir)
-	assert.NilError(t, os.MkdirAll(filepath.Join(root, patchDir), 0o755))
+	assert.ErrorContains(t, err, PatchDir)
+	assert.NilError(t, os.MkdirAll(filepath.Join(root, PatchDir), 0o755))
 	_, err = Berth(root, base, module)
 	assert.ErrorContains(t, err, "the patch is missing")
+}
+
+func TestNATHashIsOfWhatIsCompiled(t *testing.T) {
+	was, module := published(t), published(t)
+	before, err := NATHash(was)
+	assert.NilError(t, err)
+	change := func(name, text string) string {
+		t.Helper()
+		name = filepath.Join(module, PatchDir, name)
+		assert.NilError(t, os.Chmod(name, 0o644))
+		assert.NilError(t, os.WriteFile(name, []byte(text), 0o644))
+		hash, err := NATHash(module)
+		assert.NilError(t, err)
+		return hash
+	}
+	assert.Equal(t, change("mapper_linux_test.go", "package nat // another test\n"), before)
+	assert.Check(t, change("mapper_linux.go", "package nat // changed\n") != before)
+
+	diff, err := Diff(t.Context(), was, module, PatchDir)
+	assert.NilError(t, err)
+	assert.Check(t, is.Contains(diff, "\n--- a/"+PatchDir+"/mapper_linux.go\n"))
+	assert.Check(t, is.Contains(diff, "\n-package nat // upstream's\n+package nat // changed\n"))
+	diff, err = Diff(t.Context(), was, was, PatchDir)
+	assert.NilError(t, err)
+	assert.Equal(t, diff, "")
+	_, err = Diff(t.Context(), was, module, "gone")
+	assert.ErrorContains(t, err, "compare gone")
 }
 
 func TestVendoredModuleGetsItsGoMod(t *testing.T) {

@@ -37,6 +37,7 @@ func TestPackageInARootOfItsOwn(t *testing.T) {
 	sums.Dir = out
 	said, err = sums.CombinedOutput()
 	assert.NilError(t, err, "%s", said)
+	checkSources(t, out)
 	packages, err := filepath.Glob(filepath.Join(out, "berth_*_"+runtime.GOARCH+".deb"))
 	assert.NilError(t, err)
 	assert.Equal(t, len(packages), 1)
@@ -89,6 +90,22 @@ func TestPackageInARootOfItsOwn(t *testing.T) {
 	in("/usr/bin/berth", "uninstall")
 	dpkg("-r", "berth")
 	assert.Equal(t, tree(t, root), before)
+}
+
+// checkSources holds the patched package in the sources against the patch.
+func checkSources(t *testing.T, out string) {
+	t.Helper()
+	archives, err := filepath.Glob(filepath.Join(out, "berth-*-source.tar.gz"))
+	assert.NilError(t, err)
+	assert.Equal(t, len(archives), 1)
+	dir := t.TempDir()
+	run(t, exec.Command("tar", "--strip-components=1", "-C", dir, "-xzf", archives[0]))
+	const nat = "daemon/libnetwork/portmappers/nat"
+	run(t, exec.Command("diff", "-r", "--exclude=mapper_linux_test.go", filepath.Join(repository, nat), filepath.Join(dir, nat)))
+	for _, upstreams := range []string{"go.mod", "cmd/dockerd/main.go", nat + "/mapper_linux_test.go"} {
+		_, err := os.Stat(filepath.Join(dir, upstreams))
+		assert.NilError(t, err)
+	}
 }
 
 func run(t *testing.T, cmd *exec.Cmd) string {

@@ -29,7 +29,7 @@ func TestPortsHeldOnIPv6Alone(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			d := stacktest.Start(t, tt.dockerd, stack.Options{PortDriver: "gvisor-tap-vsock", NoDetachNetns: tt.noDetach})
 			next := nextPort(t, d, "tcp")
-			hold(t, hostload.Load{Network: "tcp6", Ports: portRange(next, next+held-1)})
+			stacktest.Hold(t, hostload.Load{Network: "tcp6", Ports: hostload.Range(next, next+held-1)})
 			id, err := d.Run(t, "0:80")
 			if tt.fails != "" {
 				assert.ErrorContains(t, err, tt.fails)

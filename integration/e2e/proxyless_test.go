@@ -34,7 +34,7 @@ func TestWithoutUserlandProxy(t *testing.T) {
 	for _, network := range []string{"tcp", "udp"} {
 		t.Run("dynamic port, strangers on the next 20, "+network, func(t *testing.T) {
 			next := nextPort(t, d, network)
-			hold(t, hostload.Load{Network: network + "4", Ports: portRange(next, next+19)})
+			stacktest.Hold(t, hostload.Load{Network: network + "4", Ports: hostload.Range(next, next+19)})
 			id, err := d.Run(t, "0:80/"+network)
 			assert.NilError(t, err)
 			port := d.Published(t, id)[0].Port()
