@@ -1,6 +1,6 @@
 # `make` lists the targets. All that is built goes to build/.
 .DEFAULT_GOAL := help
-.PHONY: help deps build bases patch stress users test race lock rootful soak docs check bench bench-docs dist clean
+.PHONY: help deps build bases patch stress users test race lock rootful soak docs check bench bench-docs upstream-integration upstream-docs dist clean
 .NOTPARALLEL: # go uses all processors itself, and the order of what a target needs is meant
 
 BERTH := build/bin/berth
@@ -15,7 +15,7 @@ CODE  := $(wildcard daemon hack integration)
 TEST  = mkdir -p build/results && go tool gotestsum --format $(or $(FORMAT),testname) --jsonfile build/results/$@.json --post-run-command 'go run ./hack/skips' --
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-21s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 deps: ## set up the system: packages, /dev/net/tun, test users (as root; else say what is missing)
 	@hack/deps.sh
@@ -31,7 +31,7 @@ users: deps build ## watch two users' daemons start containers at once, stock an
 	go test -tags integration -count=1 -v -run '^TestTwoUsersStartAtOnce$$' ./integration/e2e
 
 test: deps check build ## everything: check, then the end-to-end test on real stacks
-	@$(BERTH) build pasta rootlesskit2 rootlesskit31
+	@$(BERTH) build pasta rootlesskit2 rootlesskit31 busybox
 	@$(TEST) -tags integration -count=1 -timeout 30m ./integration/...
 
 race: deps build ## the end-to-end tests of a dockerd with the race detector in it, which takes minutes to build
@@ -77,6 +77,14 @@ bench: build ## run the benchmarks N times, and hold them against the limits (bu
 
 bench-docs: ## put the plot that `make bench` drew into docs, where the README finds it
 	install -D -m 644 build/results/search-cost.svg docs/search-cost.svg
+
+upstream-integration: deps build ## run upstream's own integration tests, stock and Berth (as root, about an hour; build/results/upstream.md)
+	@$(BERTH) build busybox
+	@rm -f build/results/upstream.json
+	go test -tags integration -count=1 -v -timeout 0 ./integration/moby -all -times 100
+
+upstream-docs: ## put what `make upstream-integration` saw into docs/upstream.md
+	install -D -m 644 build/results/upstream.md docs/upstream.md
 
 dist: build ## a release for amd64 and arm64 in build/dist: archives, packages, bills of materials, patched sources, checksums
 	@for arch in amd64 arm64; do GOARCH=$$arch $(BERTH) build dockerd docker-proxy || exit; done

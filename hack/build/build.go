@@ -431,7 +431,7 @@ func env(c component) []string {
 // inside this repository, whose state is not theirs.
 func args(c component) []string {
 	if c.pin.Debian != "" {
-		return []string{"VERSION=" + c.version, c.file}
+		return slices.Concat([]string{"VERSION=" + c.version}, c.pin.Make, []string{c.file})
 	}
 	ldflags := "-s -w"
 	if c.pin.VersionVar != "" {

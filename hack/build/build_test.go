@@ -318,9 +318,9 @@ tool: real
 real:
 	printf '#!/bin/sh\necho $(VERSION) $(FLAGS)\n' >real; test '$(VERSION)' != broken
 `)))
-	archive := filepath.Join(root, "build/tree/tool/tool_1.0.orig.tar.xz")
+	archive := filepath.Join(root, "build/tree/tool/tool_1.0.orig.tar.bz2")
 	assert.NilError(t, os.MkdirAll(filepath.Dir(archive), 0o755))
-	_, err := output(t.Context(), src.Path(), "tar", "-cJf", archive, "tool-1.0")
+	_, err := output(t.Context(), src.Path(), "tar", "-cjf", archive, "tool-1.0")
 	assert.NilError(t, err)
 	data, err := os.ReadFile(archive)
 	assert.NilError(t, err)
@@ -337,12 +337,15 @@ real:
 	assert.Equal(t, says(t, root, "tool"), "2025 none")
 	assert.DeepEqual(t, result(t, root, "tool"), map[string]string{"tool": "unchanged"})
 	assert.DeepEqual(t, result(t, root), map[string]string{})
+	line("2025 make=FLAGS=given")
+	assert.DeepEqual(t, result(t, root, "tool"), map[string]string{"tool": "built"})
+	assert.Equal(t, says(t, root, "tool"), "2025 given")
 
 	line("broken")
 	err = Run(t.Context(), root, &bytes.Buffer{}, []string{"tool"})
 	assert.ErrorContains(t, err, "Makefile:5: real] Error 1")
 	assert.ErrorContains(t, err, "the whole log: build/log/tool.log")
-	assert.Equal(t, says(t, root, "tool"), "2025 none") // the one before is still there
+	assert.Equal(t, says(t, root, "tool"), "2025 given") // the one before is still there
 }
 
 // stopper stops a build when it says the word.

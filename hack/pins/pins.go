@@ -33,9 +33,10 @@ type Pin struct {
 	VersionVar string // the variable that the linker sets to the version, or ""
 	CommitVar  string // the variable that the linker sets to the git commit, or ""
 
-	Debian string // the Debian suite whose source package this is, or "": then it is a Go module
-	SHA256 string // of that package's upstream archive
-	Sum    string // the Go module's, as go.sum writes it ("h1:..."), or "": then go.sum has it
+	Debian string   // the Debian suite whose source package this is, or "": then it is a Go module
+	SHA256 string   // of that package's upstream archive
+	Make   []string // what make is given before the file's name: goals, and variables
+	Sum    string   // the Go module's, as go.sum writes it ("h1:..."), or "": then go.sum has it
 }
 
 // Load reads the file at path.
@@ -175,8 +176,8 @@ var (
 // checkSource checks what names the source, whichever kind it is.
 func (p *Pin) checkSource() error {
 	switch {
-	case p.Debian == "" && p.SHA256 != "":
-		return errors.New("sha256= is for lines with debian=")
+	case p.Debian == "" && (p.SHA256 != "" || p.Make != nil):
+		return errors.New("sha256= and make= are for lines with debian=")
 	case p.Debian == "" && p.Sum != "" && !h1sum.MatchString(p.Sum):
 		return fmt.Errorf("%s: want h1= and the 44 characters of a Go module's hash", p.Sum)
 	case p.Debian == "":
@@ -231,6 +232,8 @@ func (p *Pin) set(key, value string) (err error) {
 		p.SHA256 = value
 	case "h1":
 		p.Sum = "h1:" + value
+	case "make":
+		p.Make = strings.Split(value, ",")
 	default:
 		return fmt.Errorf("unknown key %q", key)
 	}

@@ -22,7 +22,7 @@ func TestParse(t *testing.T) {
 
   base	example.com/base/v2  v2.0.0-beta.1 release=29.0.0 patch=3 packages=./cmd/a,./cmd/b files=contrib/c.sh version-var=v.V commit-var=v.C
 tool example.com/tool v1.2.3+incompatible packages=. cgo=yes tags=x,y optional=yes h1=0123456789abcdef0123456789abcdef0123456789+=
-made libmade++ 1.0~git20250503 debian=trixie sha256=0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef files=a,b
+made libmade++ 1.0~git20250503 debian=trixie sha256=0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef make=config,X=-y files=a,b
 `))
 	assert.NilError(t, err)
 	assert.DeepEqual(t, list, []Pin{
@@ -37,7 +37,7 @@ made libmade++ 1.0~git20250503 debian=trixie sha256=0123456789abcdef0123456789ab
 		},
 		{
 			Name: "made", Module: "libmade++", Version: "1.0~git20250503", Release: "1.0~git20250503", Files: []string{"a", "b"},
-			Debian: "trixie", SHA256: strings.Repeat("0123456789abcdef", 4),
+			Debian: "trixie", SHA256: strings.Repeat("0123456789abcdef", 4), Make: []string{"config", "X=-y"},
 		},
 	})
 }
@@ -59,7 +59,8 @@ func TestParseSaysLineAndMistake(t *testing.T) {
 		{"nothing to build", "x example.com/x v1.0.0 cgo=yes", "vendor.conf:1: nothing to build"},
 		{"package", "x example.com/x v1.0.0 packages=cmd/x", `vendor.conf:1: package "cmd/x": want`},
 		{"cgo", "x example.com/x v1.0.0 packages=. cgo=1", "vendor.conf:1: cgo=1: want cgo=yes"},
-		{"sha256 of a Go module", "x example.com/x v1.0.0 packages=. sha256=1", "vendor.conf:1: sha256= is for lines with debian="},
+		{"sha256 of a Go module", "x example.com/x v1.0.0 packages=. sha256=1", "vendor.conf:1: sha256= and make= are for lines with debian="},
+		{"make of a Go module", "x example.com/x v1.0.0 packages=. make=x", "vendor.conf:1: sha256= and make= are for lines with debian="},
 		{"h1", "x example.com/x v1.0.0 packages=. h1=1", "vendor.conf:1: h1:1: want h1= and the 44 characters"},
 		{"h1 of a Debian package", "x x 1.0 debian=trixie files=x h1=1", "vendor.conf:1: h1= is for Go modules"},
 		{"Go package in a Debian package", "x x 1.0 debian=trixie packages=.", "vendor.conf:1: packages= is for Go modules"},

@@ -1,11 +1,13 @@
 package tree
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -18,15 +20,14 @@ import (
 // Debian makes build/tree/<name>/<version> of the upstream archive of a Debian source package, and returns its path. The archive
 // is beside it, and is fetched only when the right one is not there: whoever has no Debian mirror can put it there.
 func Debian(ctx context.Context, root string, pin pins.Pin) (string, error) {
-	name := fmt.Sprintf("%s_%s.orig.tar.xz", pin.Module, pin.Version)
 	dir := filepath.Join(root, "build", "tree", pin.Name)
-	archive := filepath.Join(dir, name)
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return "", err
 	}
-	if checkSum(archive, pin.SHA256) != nil {
-		if err := fetch(ctx, pin, archive); err != nil {
-			return "", fmt.Errorf("fetch %s: %w\nor put it into %s; its sha256 is in vendor.conf", name, err, dir)
+	archive, err := upstreamArchive(dir, pin)
+	if err != nil {
+		if archive, err = fetch(ctx, pin, dir); err != nil {
+			return "", fmt.Errorf("fetch %s: %w\nor put it into %s; its sha256 is in vendor.conf", archiveName(pin), err, dir)
 		}
 	}
 	dst := filepath.Join(dir, pin.Version)
@@ -39,21 +40,36 @@ func Debian(ctx context.Context, root string, pin pins.Pin) (string, error) {
 	if err := os.Mkdir(tmp, 0o755); err != nil {
 		return "", err
 	}
-	if _, err := run(ctx, tmp, "tar", "-xJf", archive, "--strip-components=1", "--no-same-owner"); err != nil {
+	if _, err := run(ctx, tmp, "tar", "-xf", archive, "--strip-components=1", "--no-same-owner"); err != nil {
 		return "", err
 	}
 	return dst, os.Rename(tmp, dst)
 }
 
-// fetch has apt fetch the archive, as it fetches all else for this machine: from the same Debian mirror, through the same proxy, and
+// archiveName is the name of the upstream archive in a Debian source package, whose ending says how upstream has compressed it.
+func archiveName(pin pins.Pin) string {
+	return fmt.Sprintf("%s_%s.orig.tar.*", pin.Module, pin.Version)
+}
+
+// upstreamArchive finds the archive in dir. One that is not the right one is named, too.
+func upstreamArchive(dir string, pin pins.Pin) (string, error) {
+	found, err := fs.Glob(os.DirFS(dir), archiveName(pin))
+	if err != nil || len(found) == 0 {
+		return "", cmp.Or(err, fs.ErrNotExist)
+	}
+	archive := filepath.Join(dir, found[0])
+	return archive, checkSum(archive, pin.SHA256)
+}
+
+// fetch has apt fetch the archive into dir, as it fetches all else for this machine: from the same Debian mirror, through the same proxy, and
 // checked with the archive's keys. Its lists and caches are put elsewhere for that: the machine's own stay as they are.
-func fetch(ctx context.Context, pin pins.Pin, archive string) error {
+func fetch(ctx context.Context, pin pins.Pin, dir string) (string, error) {
 	mirrors, err := run(ctx, "", "apt-get", "indextargets", "--format", "$(REPO_URI)", "Origin: Debian", "Label: Debian", "Created-By: Packages")
 	if err != nil {
-		return err
+		return "", err
 	}
 	if mirrors == "" {
-		return errors.New("apt knows no Debian mirror here: its lists may be missing, then `apt-get update` makes them, or this is another system")
+		return "", errors.New("apt knows no Debian mirror here: its lists may be missing, then `apt-get update` makes them, or this is another system")
 	}
 	var sources strings.Builder
 	for _, mirror := range slices.Compact(strings.Fields(mirrors)) {
@@ -62,12 +78,12 @@ func fetch(ctx context.Context, pin pins.Pin, archive string) error {
 
 	apt, err := os.MkdirTemp("", "berth-apt-")
 	if err != nil {
-		return err
+		return "", err
 	}
 	defer os.RemoveAll(apt)
 	// Root's apt works as a user of its own, who must be able to enter.
 	if err := os.Chmod(apt, 0o755); err != nil {
-		return err
+		return "", err
 	}
 	for file, text := range map[string]string{
 		"sources.list": sources.String(),
@@ -81,29 +97,30 @@ APT::Update::Error-Mode "any";
 `, apt),
 	} {
 		if err := os.WriteFile(filepath.Join(apt, file), []byte(text), 0o644); err != nil {
-			return err
+			return "", err
 		}
 	}
 	for _, d := range []string{"state/lists/partial", "cache/archives/partial"} {
 		if err := os.MkdirAll(filepath.Join(apt, d), 0o755); err != nil {
-			return err
+			return "", err
 		}
 	}
 	conf := "--config-file=" + filepath.Join(apt, "apt.conf")
 	if _, err := run(ctx, apt, "apt-get", "-q", conf, "update"); err != nil {
-		return err
+		return "", err
 	}
 	if _, err := run(ctx, apt, "apt-get", "-q", conf, "source", "--download-only", "--tar-only", pin.Module); err != nil {
-		return err
+		return "", err
 	}
-	fetched := filepath.Join(apt, filepath.Base(archive))
-	if _, err := os.Stat(fetched); err != nil {
-		return fmt.Errorf("%s has another version of %s: %w", pin.Debian, pin.Module, err)
+	fetched, err := upstreamArchive(apt, pin)
+	if fetched == "" {
+		return "", fmt.Errorf("%s has another version of %s: %w", pin.Debian, pin.Module, err)
 	}
-	if err := checkSum(fetched, pin.SHA256); err != nil {
-		return err
+	if err != nil {
+		return "", err
 	}
-	return CopyFile(archive, fetched, 0o644)
+	archive := filepath.Join(dir, filepath.Base(fetched))
+	return archive, CopyFile(archive, fetched, 0o644)
 }
 
 func checkSum(file, want string) error {
