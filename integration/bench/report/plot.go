@@ -105,6 +105,7 @@ func (r *results) plot(file string) error {
 		ticks = append(ticks, plot.Tick{Value: x, Label: label})
 	}
 	p.X.Tick.Marker = ticks
+	p.X.Max += 0.1 // The last label is centred below its tick.
 	// Whole steps of 1, 3, 10 ..., and two for the legend above.
 	lowest, highest := int(math.Floor(2*p.Y.Min)), int(math.Ceil(2*p.Y.Max))+2
 	ticks = nil
