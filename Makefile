@@ -56,7 +56,7 @@ check: ## gofmt, vet, staticcheck, shellcheck, and the unit tests with -race
 	go build -gcflags=-lang=go1.25 ./daemon/... # the oldest that a base is built with
 	@$(TEST) -race ./...
 
-bench: build ## run the benchmarks N times, and hold them against the limits (build/results)
+bench: deps build ## run the benchmarks N times, and hold them against the limits (build/results)
 	@mkdir -p build/results && rm -f build/results/bench.txt
 	go test -tags integration -c -o build/bench.test ./integration/bench
 	@for round in $$(seq $(N)); do echo "round $$round of $(N)"; \
