@@ -1,11 +1,5 @@
 //go:build integration
 
-// Package bench measures Berth's port mapper against stock's and against the
-// bare system calls and requests that it is made of. What it prints is for
-// benchstat, and for the program in the report folder, which knows the limits.
-//
-// One operation is a MapPorts and the UnmapPorts that undoes it, where nothing
-// else is said.
 package bench
 
 import (
@@ -16,6 +10,7 @@ import (
 	"os"
 	"runtime"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -42,20 +37,21 @@ var (
 	anyAddrs = []netip.Addr{netip.IPv4Unspecified(), netip.IPv6Unspecified()}
 )
 
-// manyTaken is as many host ports as one process can hold here (20,000 descriptors).
-const manyTaken = 17000
+// driver is a port driver that takes no time, and refuses what is taken on the
+// host, as RootlessKit would.
+type driver struct{ taken []int } // taken is in ascending order.
 
-// willing is a port driver that refuses nothing, and takes no time for it.
-type willing struct{}
-
-func (willing) ChildHostIP(_ string, hostIP netip.Addr) netip.Addr {
+func (driver) ChildHostIP(_ string, hostIP netip.Addr) netip.Addr {
 	if hostIP.Is6() {
 		return netip.IPv6Loopback()
 	}
 	return childIP
 }
 
-func (willing) AddPort(context.Context, string, netip.Addr, netip.Addr, int) (func() error, error) {
+func (d driver) AddPort(_ context.Context, _ string, hostIP, _ netip.Addr, hostPort int) (func() error, error) {
+	if _, taken := slices.BinarySearch(d.taken, hostPort); taken {
+		return nil, fmt.Errorf("listen tcp4 %s: bind: address already in use", netip.AddrPortFrom(hostIP, uint16(hostPort)))
+	}
 	return func() error { return nil }, nil
 }
 
@@ -63,13 +59,13 @@ func (willing) AddPort(context.Context, string, netip.Addr, netip.Addr, int) (fu
 type rootlessKit struct{ *portdriver.RootlessKit }
 
 func (rootlessKit) ChildHostIP(proto string, hostIP netip.Addr) netip.Addr {
-	return willing{}.ChildHostIP(proto, hostIP)
+	return driver{}.ChildHostIP(proto, hostIP)
 }
 
 // startRootlessKit starts a stack for the benchmark and returns a client of its
 // RootlessKit, whose port driver is builtin.
 func startRootlessKit(b *testing.B) rootlessKit {
-	if os.Getenv(withoutStack) != "" {
+	if os.Getenv(inUserNamespace) != "" {
 		b.Skip("a stack needs root here")
 	}
 	root, err := checkout.Root()
@@ -120,6 +116,13 @@ func berthMapper(c nat.PortDriverClient) portmapperapi.PortMapper {
 	return nat.NewPortMapper(nat.Config{RlkClient: c})
 }
 
+// run runs a benchmark below b by its full name.
+func run(b *testing.B, name Name, f func(*testing.B)) {
+	below, ok := strings.CutPrefix("Benchmark"+string(name), b.Name()+"/")
+	assert.Assert(b, ok, "%s is not below %s", name, b.Name())
+	b.Run(below, f)
+}
+
 // BenchmarkListen is the look at a host port that RootlessKit takes: a socket
 // of its own for each port.
 func BenchmarkListen(b *testing.B) {
@@ -139,12 +142,21 @@ func BenchmarkListen(b *testing.B) {
 	}
 }
 
-// BenchmarkFake publishes a dynamic port that is free at once, through a port
-// driver that costs nothing.
-func BenchmarkFake(b *testing.B) {
-	for n := range anyAddrs {
-		b.Run(fmt.Sprintf("addresses=%d", n+1), func(b *testing.B) {
-			benchmarkNoRefusal(b, stockMapper(willing{}), berthMapper(willing{}), anyAddrs[:n+1], false)
+// BenchmarkRootful publishes a dynamic port where there is no port driver.
+func BenchmarkRootful(b *testing.B) {
+	for _, n := range Addresses {
+		run(b, Rootful(n), func(b *testing.B) {
+			benchmarkNoRefusal(b, stockMapper(nil), berthMapper(nil), anyAddrs[:n], false)
+		})
+	}
+}
+
+// BenchmarkChild publishes one in dockerd's place: on a thread that is locked in
+// the child namespace, from where Berth may see the host.
+func BenchmarkChild(b *testing.B) {
+	for _, n := range Addresses {
+		run(b, Child(n), func(b *testing.B) {
+			benchmarkNoRefusal(b, stockMapper(driver{}), berthMapper(driver{}), anyAddrs[:n], true)
 		})
 	}
 }
@@ -216,44 +228,47 @@ func (p *publisher) objects(b *testing.B, hostIPs []netip.Addr) float64 {
 	return float64(sum / times)
 }
 
-// BenchmarkChild does the same in dockerd's place: on a thread in the child
-// namespace, from where Berth may see the host. There, it passes taken ports.
-func BenchmarkChild(b *testing.B) {
-	for n := range anyAddrs {
-		hostIPs := anyAddrs[:n+1]
-		b.Run(fmt.Sprintf("addresses=%d", n+1), func(b *testing.B) {
-			benchmarkNoRefusal(b, stockMapper(willing{}), berthMapper(willing{}), hostIPs, true)
-		})
-		b.Run(fmt.Sprintf("addresses=%d/mapper=berth+view/taken=0", n+1), func(b *testing.B) {
+// BenchmarkView has ports taken that Berth sees from there.
+func BenchmarkView(b *testing.B) {
+	for _, n := range Addresses {
+		run(b, Free(n), func(b *testing.B) {
 			inChildWithView(b)
+			pm, reqs := berthMapper(driver{}), request(0, 0, anyAddrs[:n]...)
 			for b.Loop() {
-				mapAndUnmap(b, berthMapper(willing{}), request(0, 0, hostIPs...))
+				mapAndUnmap(b, pm, reqs)
 			}
 		})
 	}
-	dynamic, err := hostload.DynamicPorts(manyTaken)
+	dynamic, err := hostload.DynamicPorts(ManyTaken)
 	assert.NilError(b, err)
 	hold(b, anyAddrs[0], dynamic)
-	first, free := dynamic[0], dynamic[0]+manyTaken
-	for n := range anyAddrs {
-		reqs := request(0, 0, anyAddrs[:n+1]...)
-		name := fmt.Sprintf("addresses=%d/mapper=berth+view/taken=%d", len(reqs), manyTaken)
-		b.Run(name+"/passed=all", func(b *testing.B) {
+	host, first, free := driver{dynamic}, dynamic[0], dynamic[0]+ManyTaken
+	run(b, Passed(1), func(b *testing.B) {
+		inChildWithView(b)
+		// Of a user's own range, none is left out, and the first is asked for without a look.
+		pm, reqs := berthMapper(host), request(first, free, anyAddrs[0])
+		for b.Loop() {
+			assert.Equal(b, mapAndUnmap(b, pm, reqs), free)
+		}
+	})
+	for _, n := range Addresses {
+		reqs := request(0, 0, anyAddrs[:n]...)
+		run(b, Jumped(n), func(b *testing.B) {
 			inChildWithView(b)
-			setHostRange(b, first, free) // The search ends at its end, and starts there again.
 			for b.Loop() {
-				assert.Equal(b, mapAndUnmap(b, berthMapper(willing{}), reqs), free)
+				mapAndUnmap(b, berthMapper(host), reqs)
 			}
 		})
-		b.Run(name+"/passed=none", func(b *testing.B) {
+		run(b, Next(n), func(b *testing.B) {
 			const last = 65535
 			inChildWithView(b)
-			for port := last; b.Loop(); port = mapAndUnmap(b, berthMapper(willing{}), reqs) {
+			setHostRange(b, first, last)
+			var pm portmapperapi.PortMapper
+			for port := last; b.Loop(); port = mapAndUnmap(b, pm, reqs) {
 				if port == last {
 					b.StopTimer()
-					setHostRange(b, first, free)
-					mapAndUnmap(b, berthMapper(willing{}), reqs)
-					setHostRange(b, first, last)
+					pm = berthMapper(host)
+					mapAndUnmap(b, pm, reqs)
 					b.StartTimer()
 				}
 			}
@@ -263,39 +278,37 @@ func BenchmarkChild(b *testing.B) {
 
 // BenchmarkRootlessKit measures against a real RootlessKit.
 func BenchmarkRootlessKit(b *testing.B) {
-	driver := startRootlessKit(b)
-	b.Run("NoRefusal", func(b *testing.B) {
-		for n := range anyAddrs {
-			b.Run(fmt.Sprintf("addresses=%d", n+1), func(b *testing.B) {
-				benchmarkNoRefusal(b, stockMapper(driver), berthMapper(driver), anyAddrs[:n+1], true)
-			})
-		}
-	})
-	b.Run("Refusal", func(b *testing.B) { benchmarkRefusal(b, driver) })
-	b.Run("Search", func(b *testing.B) { benchmarkSearch(b, driver) })
+	rlk := startRootlessKit(b)
+	for _, n := range Addresses {
+		run(b, NoRefusal(n), func(b *testing.B) {
+			benchmarkNoRefusal(b, stockMapper(rlk), berthMapper(rlk), anyAddrs[:n], true)
+		})
+	}
+	b.Run("Refusal", func(b *testing.B) { benchmarkRefusal(b, rlk) })
+	b.Run("Search", func(b *testing.B) { benchmarkSearch(b, rlk) })
 }
 
 // benchmarkRefusal is the cost of a refused port: of the bare request, and of
 // all that a search does about it. The search passes 500 held ports; what it
 // costs to publish the free one at last is in the figure.
-func benchmarkRefusal(b *testing.B, driver rootlessKit) {
+func benchmarkRefusal(b *testing.B, rlk rootlessKit) {
 	const first, held = 20000, 500
 	var ports []int
 	for i := range held {
 		ports = append(ports, first+i)
 	}
 	hold(b, hostIP, ports)
-	b.Run("bare", func(b *testing.B) {
+	run(b, BareRefusal, func(b *testing.B) {
 		for b.Loop() {
-			if _, err := driver.AddPort(context.Background(), "tcp", hostIP, childIP, first); err == nil {
+			if _, err := rlk.AddPort(context.Background(), "tcp", hostIP, childIP, first); err == nil {
 				b.Fatal("a held port was published")
 			}
 		}
 		b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N), "ns/refusal")
 	})
-	b.Run("search", func(b *testing.B) {
+	run(b, SearchRefusal, func(b *testing.B) {
 		for b.Loop() {
-			mapAndUnmap(b, berthMapper(driver), request(first, first+held, hostIP))
+			mapAndUnmap(b, berthMapper(rlk), request(first, first+held, hostIP))
 		}
 		b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N*held), "ns/refusal")
 	})
@@ -303,39 +316,35 @@ func benchmarkRefusal(b *testing.B, driver rootlessKit) {
 
 // benchmarkSearch publishes a dynamic port when the first ones of the host's
 // dynamic range are taken, as if no port had been published before.
-func benchmarkSearch(b *testing.B, driver rootlessKit) {
-	for _, taken := range []int{0, 10, 100, 1000, 10000, manyTaken} {
+func benchmarkSearch(b *testing.B, rlk rootlessKit) {
+	for _, taken := range Taken {
 		b.Run(fmt.Sprintf("taken=%d", taken), func(b *testing.B) {
-			dynamic, err := hostload.DynamicPorts(manyTaken)
+			dynamic, err := hostload.DynamicPorts(taken)
 			assert.NilError(b, err)
-			hold(b, hostIP, dynamic[:taken])
-			search := func(name string, setUp func(*testing.B), publish func(*testing.B)) {
-				b.Run("mapper="+name, func(b *testing.B) {
-					setUp(b)
+			hold(b, hostIP, dynamic)
+			for _, mapper := range Mappers(taken) {
+				run(b, Search(taken, mapper), func(b *testing.B) {
+					if mapper == BerthView {
+						inChildWithView(b)
+					}
 					for b.Loop() {
 						b.StopTimer()
 						portallocator.Get().ReleaseAll()
 						b.StartTimer()
-						publish(b)
+						reqs := request(0, 0, hostIP)
+						switch mapper {
+						case Stock:
+							mapAndUnmap(b, stockMapper(rlk), reqs)
+						case StockFails:
+							if _, err := stockMapper(rlk).MapPorts(context.Background(), reqs); err == nil {
+								b.Fatal("stock passed a taken port")
+							}
+						default:
+							mapAndUnmap(b, berthMapper(rlk), reqs)
+						}
 					}
 				})
 			}
-			noSetUp := func(*testing.B) {}
-			if taken == 0 {
-				search("stock", noSetUp, func(b *testing.B) { mapAndUnmap(b, stockMapper(driver), request(0, 0, hostIP)) })
-			} else {
-				search("stock-fails", noSetUp, func(b *testing.B) {
-					if _, err := stockMapper(driver).MapPorts(context.Background(), request(0, 0, hostIP)); err == nil {
-						b.Fatal("stock passed a taken port")
-					}
-				})
-			}
-			publish := func(b *testing.B) { mapAndUnmap(b, berthMapper(driver), request(0, 0, hostIP)) }
-			search("berth", noSetUp, publish)
-			search("berth+view", func(b *testing.B) {
-				inChildWithView(b)
-				setHostRange(b, dynamic[0], dynamic[0]+taken) // As in BenchmarkChild.
-			}, publish)
 		})
 	}
 }

@@ -19,8 +19,8 @@ import (
 	"gotest.tools/v3/assert"
 )
 
-// withoutStack is set in the environment of an ordinary user's benchmarks.
-const withoutStack = "BERTH_BENCH_WITHOUT_STACK"
+// inUserNamespace is set in the environment of an ordinary user's benchmarks.
+const inUserNamespace = "BERTH_BENCH_IN_USER_NAMESPACE"
 
 // stateDir is where dockerd learns of RootlessKit's state directory.
 const stateDir = "ROOTLESSKIT_STATE_DIR"
@@ -35,6 +35,7 @@ func init() { runtime.LockOSThread() }
 func TestMain(m *testing.M) {
 	_ = log.SetLevel("error") // A line for each search would be measured, too.
 	if os.Getuid() != 0 {
+		fmt.Println(WithoutStack + ": only root's can be where the benchmarks are")
 		if err := runInUserNamespace(); err != nil {
 			fmt.Fprintln(os.Stderr, "run the benchmarks in a user namespace:", err)
 			os.Exit(1)
@@ -46,7 +47,7 @@ func TestMain(m *testing.M) {
 
 func runInUserNamespace() error {
 	cmd := &exec.Cmd{Path: "/proc/self/exe", Args: os.Args, Stdout: os.Stdout, Stderr: os.Stderr}
-	cmd.Env = append(os.Environ(), withoutStack+"=1")
+	cmd.Env = append(os.Environ(), inUserNamespace+"=1")
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		Cloneflags:  syscall.CLONE_NEWUSER,
 		UidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getuid(), Size: 1}},

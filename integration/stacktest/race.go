@@ -8,7 +8,7 @@ import (
 
 // checkRaces fails the test if the race detector has reported the patch in the stack's log. A
 // daemon without the detector never does.
-func checkRaces(t *testing.T, log string) {
+func checkRaces(t testing.TB, log string) {
 	t.Helper()
 	data, err := os.ReadFile(log)
 	if err != nil {

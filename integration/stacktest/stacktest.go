@@ -142,13 +142,13 @@ type Daemon struct {
 // Start starts a stack for the test with the daemon of that name from build/bin, or o.Bin,
 // and imports the test image into it. The stack ends with the test, which fails if it leaves
 // anything. Its log is kept in build/log when the test fails.
-func Start(t *testing.T, dockerd string, o stack.Options) *Daemon {
+func Start(t testing.TB, dockerd string, o stack.Options) *Daemon {
 	t.Helper()
 	return StartAs(t, Users[0], dockerd, o)
 }
 
 // StartAs is [Start] for root, with the one of [Users] that the stack runs as.
-func StartAs(t *testing.T, asUser, dockerd string, o stack.Options) *Daemon {
+func StartAs(t testing.TB, asUser, dockerd string, o stack.Options) *Daemon {
 	t.Helper()
 	root, err := checkout.Root()
 	assert.NilError(t, err)

@@ -3,6 +3,8 @@ package main
 import (
 	"fmt"
 	"slices"
+
+	"berth/integration/bench"
 )
 
 // figure is something that has a limit.
@@ -15,7 +17,7 @@ type figure struct {
 }
 
 // getter returns what a benchmark measured in a unit.
-type getter func(name, unit string) float64
+type getter func(name bench.Name, unit string) float64
 
 type unit string
 
@@ -24,7 +26,6 @@ const (
 	objects      unit = "objects"
 	microseconds unit = "us"
 	milliseconds unit = "ms"
-	bytesEach    unit = "B"
 )
 
 // number formats v without the unit: differences have a sign.
@@ -33,7 +34,7 @@ func (u unit) number(v float64) string {
 	case times:
 		return fmt.Sprintf("%.2f", v)
 	case milliseconds:
-		return fmt.Sprintf("%.1f", v)
+		return fmt.Sprintf("%+.1f", v)
 	}
 	return fmt.Sprintf("%+.0f", v)
 }
@@ -41,58 +42,67 @@ func (u unit) number(v float64) string {
 const (
 	perOp      = "sec/op"
 	perRefusal = "sec/refusal"
-	allocated  = "B/op"
-
-	manyTaken = 17000
 )
 
 // figures are those of the benchmarks in the folder above.
 var figures = slices.Concat(
-	noRefusal("no refusal, fake driver", "Fake"),
-	noRefusal("no refusal, fake driver, child thread", "Child"),
-	noRefusal("no refusal, real RootlessKit", "RootlessKit/NoRefusal"),
+	each(func(n int) []figure {
+		return []figure{
+			more("rootful, %s: more than stock", 5, microseconds, n, bench.Rootful(n), "sec/berth", bench.Rootful(n), "sec/stock"),
+			more("rootful, %s: more than stock", 10, objects, n, bench.Rootful(n), "objects/berth", bench.Rootful(n), "objects/stock"),
+		}
+	}),
+	each(func(n int) []figure { return inChild("fake driver, %s", n, bench.Child(n), 80) }),
+	each(func(n int) []figure {
+		name := bench.NoRefusal(n)
+		return append([]figure{
+			ratio("real RootlessKit, %s: to stock", 1.02, n, name, "berth", ""),
+			ratio("real RootlessKit, %s: with its removal, to stock", 1.02, n, name, "berth", "-removal"),
+			ratio("view, real RootlessKit, %s: to stock", 1.10, n, name, "view", ""),
+		}, inChild("real RootlessKit, %s", n, name, 0)...)
+	}),
 	[]figure{
-		ratio("a refused port: to a bare refused AddPort", 1.3, "RootlessKit/Refusal/search", perRefusal, "RootlessKit/Refusal/bare", perRefusal),
-		{"view, a taken port: to a bare socket/bind/listen/close", 0.3, times, func(get getter) float64 {
-			return (get(passing(1, "all"), perOp) - get(withView(1), perOp)) / manyTaken / get("Listen", perOp)
+		{"a refused port: to a bare refused AddPort", 1.45, times, func(get getter) float64 {
+			return get(bench.SearchRefusal, perRefusal) / get(bench.BareRefusal, perRefusal)
 		}},
-		{"view, a taken port: memory allocated", 1, bytesEach, func(get getter) float64 {
-			return (get(passing(1, "all"), allocated) - get(withView(1), allocated)) / manyTaken
+		{"view, a taken port: to a bare socket/bind/listen/close", 0.2, times, func(get getter) float64 {
+			return (get(bench.Passed(1), perOp) - get(bench.Free(1), perOp)) / bench.ManyTaken / get(bench.Listen, perOp)
 		}},
 	},
-	view(1), view(2),
+	each(func(n int) []figure {
+		return []figure{
+			more("view, 17,000 taken ports in a row, %s: more than with none", 4, milliseconds, n, bench.Jumped(n), perOp, bench.Free(n), perOp),
+			more("view, the next publish, %s: more than with none taken", 1, milliseconds, n, bench.Next(n), perOp, bench.Free(n), perOp),
+		}
+	}),
+	[]figure{
+		{"100 ports, start and stop: to stock", 1.05, times, func(get getter) float64 {
+			return (get(bench.Hundred, "sec/berth-start") + get(bench.Hundred, "sec/berth-stop")) /
+				(get(bench.Hundred, "sec/stock-start") + get(bench.Hundred, "sec/stock-stop"))
+		}},
+	},
 )
 
-// noRefusal compares a publish with stock's.
-func noRefusal(what, benchmark string) []figure {
+func each(of func(addresses int) []figure) []figure {
 	var list []figure
-	for n := 1; n <= 2; n++ {
-		name := fmt.Sprintf("%s/addresses=%d", benchmark, n)
-		list = append(list,
-			ratio(fmt.Sprintf("%s, %s: to stock", what, addresses(n)), 1.05, name, "sec/berth", name, "sec/stock"),
-			figure{fmt.Sprintf("%s, %s: with its removal, to stock", what, addresses(n)), 1.05, times, func(get getter) float64 {
-				return (get(name, "sec/berth") + get(name, "sec/berth-removal")) / (get(name, "sec/stock") + get(name, "sec/stock-removal"))
-			}},
-			more(fmt.Sprintf("%s, %s: more than stock", what, addresses(n)), 10, objects, name, "objects/berth", name, "objects/stock"))
+	for _, n := range bench.Addresses {
+		list = append(list, of(n)...)
 	}
 	return list
 }
 
-// view has the figures of a publish with a view, on n addresses.
-func view(n int) []figure {
-	return []figure{
-		viewNoRefusal("fake driver", "Child", n),
-		viewNoRefusal("real RootlessKit", "RootlessKit/NoRefusal", n),
-		{fmt.Sprintf("view, publish past 17,000 taken ports, %s", addresses(n)), 60, milliseconds, func(get getter) float64 {
-			return 1e3 * get(passing(n, "all"), perOp)
-		}},
-		more(fmt.Sprintf("view, the next publish, %s: more than with none taken", addresses(n)), 1000, microseconds, passing(n, "none"), perOp, withView(n), perOp),
+// inChild has what a publish costs more than stock's, without a view and with
+// one: objects and, if there is a limit, time.
+func inChild(what string, n int, name bench.Name, limit float64) []figure {
+	var list []figure
+	for _, m := range []struct{ prefix, mapper string }{{"", "berth"}, {"view, ", "view"}} {
+		what := m.prefix + what + ": more than stock"
+		if limit > 0 {
+			list = append(list, more(what, limit, microseconds, n, name, "sec/"+m.mapper, name, "sec/stock"))
+		}
+		list = append(list, more(what, 10, objects, n, name, "objects/"+m.mapper, name, "objects/stock"))
 	}
-}
-
-func viewNoRefusal(what, benchmark string, n int) figure {
-	name := fmt.Sprintf("%s/addresses=%d", benchmark, n)
-	return more(fmt.Sprintf("view, no refusal, %s, %s: more than stock", what, addresses(n)), 40, microseconds, name, "sec/view", name, "sec/stock")
+	return list
 }
 
 func addresses(n int) string {
@@ -102,25 +112,31 @@ func addresses(n int) string {
 	return fmt.Sprintf("%d addresses", n)
 }
 
-// withView names the benchmark of a publish with a view and no port taken.
-func withView(addresses int) string {
-	return fmt.Sprintf("Child/addresses=%d/mapper=berth+view/taken=0", addresses)
+// ratio is that of a mapper's time to stock's, of a publish and, if that is in
+// also, of what is measured with it.
+func ratio(what string, limit float64, n int, name bench.Name, mapper, also string) figure {
+	return figure{fmt.Sprintf(what, addresses(n)), limit, times, func(get getter) float64 {
+		sum := func(mapper string) float64 {
+			v := get(name, "sec/"+mapper)
+			if also != "" {
+				v += get(name, "sec/"+mapper+also)
+			}
+			return v
+		}
+		return sum(mapper) / sum("stock")
+	}}
 }
 
-// passing names those with manyTaken ports taken, of which all or none are passed.
-func passing(addresses int, passed string) string {
-	return fmt.Sprintf("Child/addresses=%d/mapper=berth+view/taken=%d/passed=%s", addresses, manyTaken, passed)
-}
-
-func ratio(what string, limit float64, name, unit, to, toUnit string) figure {
-	return figure{what, limit, times, func(get getter) float64 { return get(name, unit) / get(to, toUnit) }}
-}
-
-// more is a difference, in seconds or in objects.
-func more(what string, limit float64, u unit, name, unit, than, thanUnit string) figure {
+// more is a difference, in time or in objects.
+func more(what string, limit float64, u unit, n int, name bench.Name, unit string, than bench.Name, thanUnit string) figure {
 	scale := 1.0
-	if u == microseconds {
+	switch u {
+	case microseconds:
 		scale = 1e6
+	case milliseconds:
+		scale = 1e3
 	}
-	return figure{what, limit, u, func(get getter) float64 { return scale * (get(name, unit) - get(than, thanUnit)) }}
+	return figure{fmt.Sprintf(what, addresses(n)), limit, u, func(get getter) float64 {
+		return scale * (get(name, unit) - get(than, thanUnit))
+	}}
 }

@@ -3,7 +3,8 @@
 //
 //	report [-plot FILE.svg] BENCH.txt
 //
-// A miss is printed, and no error: machines are noisy.
+// A miss is printed, and no error: machines are noisy. What was not measured is
+// one, and so is a benchmark that nothing here uses.
 package main
 
 import (
@@ -11,12 +12,15 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"maps"
 	"math"
 	"os"
 	"slices"
 	"strconv"
 	"strings"
 	"text/tabwriter"
+
+	"berth/integration/bench"
 
 	"golang.org/x/perf/benchfmt"
 )
@@ -44,37 +48,32 @@ func run(out io.Writer, benchFile, plotFile string) error {
 	if err != nil {
 		return err
 	}
-	if err := r.print(out); err != nil {
-		return err
-	}
+	notMeasured := r.print(out)
 	if load, err := os.ReadFile("/proc/loadavg"); err == nil {
 		fmt.Fprintf(out, "Load average over 1, 5 and 15 minutes: %s\n", strings.Join(strings.Fields(string(load))[:3], ", "))
 	}
 	fmt.Fprintf(out, "Each of them: go tool benchstat %s\n", benchFile)
-	if plotFile == "" {
-		return nil
-	}
-	err = r.plot(plotFile)
-	switch {
-	case errors.Is(err, errNothingToPlot):
-		fmt.Fprintln(out, "No plot:", err)
-		return nil
-	case err == nil:
+	if plotFile != "" && r.withoutStack == "" {
+		if err := r.plot(plotFile); err != nil {
+			return errors.Join(notMeasured, err)
+		}
 		fmt.Fprintf(out, "Cost against taken ports: %s\n", plotFile)
 	}
-	return err
+	return notMeasured
 }
 
 // results has what was measured: a value for each round.
 type results struct {
 	values map[measure][]float64
 	cpus   []int // cpus has each GOMAXPROCS that was measured, in order.
+	// withoutStack is why nothing was measured that takes a stack, if so.
+	withoutStack string
 }
 
 // measure is one benchmark, without the name's prefix and suffix, at one
 // GOMAXPROCS, in a unit that benchunit has tidied.
 type measure struct {
-	name string
+	name bench.Name
 	cpus int
 	unit string
 }
@@ -100,8 +99,9 @@ func read(in io.Reader, name string) (*results, error) {
 			if !slices.Contains(r.cpus, cpus) {
 				r.cpus = append(r.cpus, cpus)
 			}
+			r.withoutStack = rec.GetConfig(bench.WithoutStack)
 			for _, v := range rec.Values {
-				m := measure{name, cpus, v.Unit}
+				m := measure{bench.Name(name), cpus, v.Unit}
 				r.values[m] = append(r.values[m], v.Value)
 			}
 		}
@@ -121,7 +121,8 @@ func median(values []float64) float64 {
 }
 
 // print prints a line for each figure: in each round, what was measured one
-// after the other is compared. The median of the rounds is what counts.
+// after the other is compared. The median of the rounds is what counts. It
+// returns an error if something is missing, or too much.
 func (r *results) print(out io.Writer) error {
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
 	fmt.Fprint(w, "median (lowest to highest round)\tlimit\t")
@@ -129,32 +130,68 @@ func (r *results) print(out io.Writer) error {
 		fmt.Fprintf(w, "\tGOMAXPROCS=%d\t", cpus)
 	}
 	fmt.Fprintln(w)
-	missed, missing := 0, 0
+	missed, leftOut, missing := 0, 0, 0
 	for _, f := range figures {
 		fmt.Fprintf(w, "%s\t%s\t%s", f.what, f.unit.number(f.limit), f.unit)
 		for _, cpus := range r.cpus {
 			rounds := r.rounds(f, cpus)
-			if len(rounds) == 0 {
+			switch {
+			case len(rounds) > 0:
+				verdict := "met"
+				if median(rounds) > f.limit {
+					missed++
+					verdict = "NOT MET"
+				}
+				number := f.unit.number
+				fmt.Fprintf(w, "\t%s (%s to %s)\t%s", number(median(rounds)), number(slices.Min(rounds)), number(slices.Max(rounds)), verdict)
+			case r.withoutStack != "" && slices.ContainsFunc(f.names(), bench.Name.TakesStack):
+				leftOut++
+				fmt.Fprint(w, "\tleft out\t")
+			default:
 				missing++
 				fmt.Fprint(w, "\tnot measured\t")
-				continue
 			}
-			verdict := "met"
-			if median(rounds) > f.limit {
-				missed++
-				verdict = "NOT MET"
-			}
-			number := f.unit.number
-			fmt.Fprintf(w, "\t%s (%s to %s)\t%s", number(median(rounds)), number(slices.Min(rounds)), number(slices.Max(rounds)), verdict)
 		}
 		fmt.Fprintln(w)
 	}
-	if err := w.Flush(); err != nil {
-		return err
-	}
-	_, err := fmt.Fprintf(out, "%d figures, %d not met, %d not measured. A miss is no failure here: machines are noisy.\n",
+	w.Flush()
+	fmt.Fprintf(out, "%d figures, %d not met, %d not measured. A miss is no failure here: machines are noisy.\n",
 		len(figures)*len(r.cpus), missed, missing)
-	return err
+	if r.withoutStack != "" {
+		fmt.Fprintf(out, "%d left out, and the plot, which take a stack: %s\n", leftOut, r.withoutStack)
+	}
+
+	var errs []error
+	if len(r.cpus) == 0 {
+		errs = append(errs, errors.New("nothing was measured"))
+	}
+	if missing > 0 {
+		errs = append(errs, fmt.Errorf("%d figures were not measured", missing))
+	}
+	measured := map[bench.Name]bool{}
+	for m := range r.values {
+		measured[m.name] = true
+	}
+	for _, name := range bench.All() {
+		if !measured[name] && !(r.withoutStack != "" && name.TakesStack()) {
+			errs = append(errs, fmt.Errorf("not measured: Benchmark%s", name))
+		}
+		delete(measured, name)
+	}
+	for _, name := range slices.Sorted(maps.Keys(measured)) {
+		errs = append(errs, fmt.Errorf("measured, but used by nothing: Benchmark%s", name))
+	}
+	return errors.Join(errs...)
+}
+
+// names are those of the benchmarks that the figure is made of.
+func (f figure) names() []bench.Name {
+	var names []bench.Name
+	f.of(func(name bench.Name, _ string) float64 {
+		names = append(names, name)
+		return math.NaN()
+	})
+	return names
 }
 
 // rounds returns the figure of each round.
@@ -162,7 +199,7 @@ func (r *results) rounds(f figure, cpus int) []float64 {
 	var list []float64
 	for round := 0; ; round++ {
 		complete := true
-		v := f.of(func(name, unit string) float64 {
+		v := f.of(func(name bench.Name, unit string) float64 {
 			values := r.values[measure{name, cpus, unit}]
 			if round >= len(values) {
 				complete = false

@@ -7,6 +7,9 @@ import (
 	"image/color"
 	"math"
 	"os"
+	"strconv"
+
+	"berth/integration/bench"
 
 	"gonum.org/v1/plot"
 	"gonum.org/v1/plot/plotter"
@@ -23,21 +26,27 @@ var lines = []struct {
 	shape          draw.GlyphDrawer
 	color          color.Color
 }{
-	{"stock", "stock, published", false, draw.CircleGlyph{}, color.RGBA{213, 94, 0, 255}},
-	{"stock-fails", "stock, failed at the first taken port", false, draw.CrossGlyph{}, color.RGBA{213, 94, 0, 255}},
-	{"berth", "Berth without view: jumps after 8 refusals", true, draw.BoxGlyph{}, color.RGBA{0, 114, 178, 255}},
-	{"berth+view", "Berth with view: in order, past all of them", true, draw.PyramidGlyph{}, color.RGBA{0, 130, 95, 255}},
+	{bench.Stock, "stock, published", false, draw.CircleGlyph{}, color.RGBA{213, 94, 0, 255}},
+	{bench.StockFails, "stock, failed at the first taken port", false, draw.CrossGlyph{}, color.RGBA{213, 94, 0, 255}},
+	{bench.Berth, "Berth without view: asks, and jumps after 8 refusals", true, draw.BoxGlyph{}, color.RGBA{0, 114, 178, 255}},
+	{bench.BerthView, "Berth with view: looks, and jumps after 512 taken ports", true, draw.PyramidGlyph{}, color.RGBA{0, 130, 95, 255}},
 }
 
-// taken has the numbers of taken ports, and where each stands on the x axis:
-// a logarithmic one has no place for 0.
-var taken = []struct {
-	ports int
-	label string
-	x     float64
-}{{0, "0", 3}, {10, "10", 10}, {100, "100", 100}, {1000, "1k", 1000}, {10000, "10k", 10000}, {manyTaken, "17k", manyTaken}}
+// place is where a number of taken ports stands on the x axis, and its label
+// there: a logarithmic axis has no place for 0.
+func place(taken int) (x float64, label string) {
+	switch {
+	case taken == 0:
+		return math.Log10(3), "0"
+	case taken < 1000:
+		label = strconv.Itoa(taken)
+	default:
+		label = fmt.Sprintf("%dk", taken/1000)
+	}
+	return math.Log10(float64(taken)), label
+}
 
-var errNothingToPlot = errors.New("no search was measured (only root's benchmarks do that)")
+var errNothingToPlot = errors.New("no search was measured: nothing to plot")
 
 // plot draws what a search costs at the highest GOMAXPROCS, on logarithmic axes.
 // They are linear ones of logarithms: plot.LogScale misplaces an axis's label,
@@ -63,10 +72,10 @@ func (r *results) plot(file string) error {
 
 	for _, l := range lines {
 		var points plotter.XYs
-		for _, t := range taken {
-			name := fmt.Sprintf("RootlessKit/Search/taken=%d/mapper=%s", t.ports, l.mapper)
-			if v := median(r.values[measure{name, cpus, perOp}]); !math.IsNaN(v) {
-				points = append(points, plotter.XY{X: math.Log10(t.x), Y: math.Log10(1e3 * v)})
+		for _, taken := range bench.Taken {
+			if v := median(r.values[measure{bench.Search(taken, l.mapper), cpus, perOp}]); !math.IsNaN(v) {
+				x, _ := place(taken)
+				points = append(points, plotter.XY{X: x, Y: math.Log10(1e3 * v)})
 			}
 		}
 		if len(points) == 0 {
@@ -91,10 +100,12 @@ func (r *results) plot(file string) error {
 	}
 
 	var ticks plot.ConstantTicks
-	for _, t := range taken {
-		ticks = append(ticks, plot.Tick{Value: math.Log10(t.x), Label: t.label})
+	for _, taken := range bench.Taken {
+		x, label := place(taken)
+		ticks = append(ticks, plot.Tick{Value: x, Label: label})
 	}
 	p.X.Tick.Marker = ticks
+	p.X.Max += 0.1 // The last label is centred below its tick.
 	// Whole steps of 1, 3, 10 ..., and two for the legend above.
 	lowest, highest := int(math.Floor(2*p.Y.Min)), int(math.Ceil(2*p.Y.Max))+2
 	ticks = nil
