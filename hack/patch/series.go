@@ -189,7 +189,7 @@ Helps moby/moby#53255, moby/moby#53306`,
 		files: []string{
 			door, "refusal_linux_test.go", "view_linux_test.go", "childip_linux_test.go", "pasta_linux_test.go",
 			"search_linux_test.go", "model_linux_test.go", "publish_linux_test.go", "contract_linux_test.go", "stall_linux_test.go",
-			"rootful_linux_test.go", "pasta_twice_linux_test.go",
+			"rootful_linux_test.go", "pasta_twice_linux_test.go", "ephemeral_linux_test.go",
 		},
 	},
 	{
