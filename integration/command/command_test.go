@@ -222,12 +222,15 @@ func documented(t *testing.T, u *user) []string {
 
 // elsewhere are the lines that other tests try, or that this one is made by.
 var elsewhere = []string{
-	`sudo dpkg -i berth_\*.deb|sudo dpkg -r berth`,        // integration/dist
-	`berth (install|uninstall)( --dry-run)?`,              // integration/install
-	`systemctl --user .*`,                                 // takes a systemd; integration/install has what it reads verified
-	`berth build --race`,                                  // minutes; `make race` begins with it
-	`PATH=\$PWD/build/bin:\$PATH .* dockerd-rootless.sh`,  // every stack is started so
-	`make (stress|test|dist|users|soak|race|build|bench)`, // checked to be targets
+	`sudo dpkg -i berth_\*.deb|sudo dpkg -r berth`,       // integration/dist
+	`berth (install|uninstall)( --dry-run)?`,             // integration/install
+	`systemctl --user .*`,                                // takes a systemd; integration/install has what it reads verified
+	`berth build --race`,                                 // minutes; `make race` begins with it
+	`PATH=\$PWD/build/bin:\$PATH .* dockerd-rootless.sh`, // every stack is started so
+	`berth build --base VERSION`,                         // hack/build, integration/upstream
+	`berth rebase --dry-run VERSION`,                     // hack/rebase
+	`berth patch|git -C \.\./moby am .*`,                 // hack/patch, integration/upstream
+	`make (stress|test|dist|users|soak|race|build|bench|bases|patch|upstream-integration)`, // checked to be targets
 	`berth --help`, // read above
 }
 

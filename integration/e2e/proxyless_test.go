@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"testing"
 
 	"gotest.tools/v3/assert"
@@ -75,13 +76,7 @@ func TestWithoutUserlandProxy(t *testing.T) {
 // proxyRuns tells whether a docker-proxy of the stack's is running.
 func proxyRuns(t *testing.T, d *stacktest.Daemon) bool {
 	t.Helper()
-	files, err := filepath.Glob("/proc/[0-9]*/exe")
+	status, err := d.Status(t.Context())
 	assert.NilError(t, err)
-	for _, file := range files {
-		// Processes come and go.
-		if exe, err := os.Readlink(file); err == nil && exe == filepath.Join(d.Dir, "bin", "docker-proxy") {
-			return true
-		}
-	}
-	return false
+	return slices.ContainsFunc(status.Processes, func(p stack.Process) bool { return p.Program == "docker-proxy" })
 }

@@ -181,7 +181,7 @@ func TestProtocolThatThePortDriverDoesNotServe(t *testing.T) {
 	t.Run("on no address", func(t *testing.T) {
 		f := newFake(t)
 		err := refused(t, f, context.Background(), ask(types.SCTP, 0, 0, "0.0.0.0", "::", "::1"))
-		assert.Check(t, is.ErrorContains(err, "on host address 0.0.0.0 (sctp4), :: (sctp6), ::1 (sctp6): RootlessKit's port driver does not support that"))
+		assert.Check(t, is.ErrorContains(err, "on host address 0.0.0.0, [::], [::1]: RootlessKit's port driver does not support sctp4 and sctp6"))
 		assert.Check(t, is.Equal(f.calls, 0))
 	})
 	t.Run("unknown", func(t *testing.T) {

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 
 	"github.com/moby/moby/v2/daemon/libnetwork/portallocator"
@@ -68,12 +69,16 @@ func newRequest(cfg []portmapperapi.PortBindingReq, driver PortDriverClient) (*r
 	if f.Proto != types.TCP && f.Proto != types.UDP && f.Proto != types.SCTP {
 		return nil, fmt.Errorf("cannot publish container port %d: unknown protocol %s", f.Port, f.Proto)
 	}
-	var on []string
+	var networks []string
 	for _, c := range cfg {
-		on = append(on, fmt.Sprintf("%s (%s)", c.HostIP, network(c.Proto, c.HostIP.To4() == nil)))
+		host, _ := netip.AddrFromSlice(c.HostIP)
+		r.addrs = append(r.addrs, address{host: host.Unmap()})
+		if n := network(c.Proto, host.Unmap().Is6()); !slices.Contains(networks, n) {
+			networks = append(networks, n)
+		}
 	}
-	return nil, fmt.Errorf("cannot publish container port %d/%s on host address %s: RootlessKit's port driver does not support that; use another protocol or host address, or a port driver that supports it (DOCKERD_ROOTLESS_ROOTLESSKIT_PORT_DRIVER)",
-		f.Port, f.Proto, strings.Join(on, ", "))
+	return nil, fmt.Errorf("cannot publish container port %d/%s on host address %s: RootlessKit's port driver does not support %s; use another protocol or host address, or a port driver that supports it (DOCKERD_ROOTLESS_ROOTLESSKIT_PORT_DRIVER)",
+		f.Port, f.Proto, r.on(), strings.Join(networks, " and "))
 }
 
 // dynamic tells whether any host port will do.
