@@ -244,7 +244,7 @@ func (b *builder) bring(ctx context.Context, c component) error {
 	quiet := func() {}
 	if stale {
 		fmt.Fprint(b.out, "building")
-		quiet = dots(b.out)
+		quiet = progress.Dots(b.out)
 	}
 	var dir string
 	var err error
@@ -288,25 +288,6 @@ func current(stamp, key string) bool {
 func exists(file string) bool {
 	_, err := os.Stat(file)
 	return err == nil
-}
-
-// dots adds a dot to the line every now and then, until quiet is called.
-func dots(out io.Writer) (quiet func()) {
-	stop, done := make(chan struct{}), make(chan struct{})
-	go func() {
-		defer close(done)
-		tick := time.NewTicker(progress.Every)
-		defer tick.Stop()
-		for {
-			select {
-			case <-stop:
-				return
-			case <-tick.C:
-				fmt.Fprint(out, ".")
-			}
-		}
-	}()
-	return func() { close(stop); <-done }
 }
 
 // source makes the folder that the component is built from.

@@ -17,8 +17,17 @@ const (
 // Start says what is being done, and for how long already, now and then until done is called; the writer is not used after
 // that.
 func Start(out io.Writer, what string) (done func()) {
-	stop, stopped := make(chan struct{}), make(chan struct{})
 	begun := time.Now()
+	return tick(first, func() { fmt.Fprintf(out, "%s (%v)\n", what, time.Since(begun).Round(time.Second)) })
+}
+
+// Dots adds a dot to the line that was begun, as Start says a line.
+func Dots(out io.Writer) (done func()) {
+	return tick(Every, func() { fmt.Fprint(out, ".") })
+}
+
+func tick(first time.Duration, say func()) (done func()) {
+	stop, stopped := make(chan struct{}), make(chan struct{})
 	go func() {
 		defer close(stopped)
 		tick := time.NewTicker(first)
@@ -29,7 +38,7 @@ func Start(out io.Writer, what string) (done func()) {
 				return
 			case <-tick.C:
 				tick.Reset(Every)
-				fmt.Fprintf(out, "%s (%v)\n", what, time.Since(begun).Round(time.Second))
+				say()
 			}
 		}
 	}()

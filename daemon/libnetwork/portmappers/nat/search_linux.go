@@ -110,9 +110,6 @@ func (s *search) refused(a *attempt, err error, one bool) verdict {
 	} else if !one {
 		n = allocatorTries
 	}
-	if a == nil {
-		s.unbound += n
-	}
 	s.ports.refused(n, port)
 
 	limit := 0
@@ -130,6 +127,9 @@ func (s *search) refused(a *attempt, err error, one bool) verdict {
 	}
 	if c == unclear {
 		s.unclears++
+	}
+	if a == nil && c != ours { // This daemon's own ports cost no socket.
+		s.unbound += n
 	}
 	if s.last == nil || c != ours {
 		s.last, s.others = err, c != ours
