@@ -151,10 +151,6 @@ func ownVersion(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	for _, pin := range list {
-		if pin.Patch != 0 {
-			return fmt.Sprintf("%s+berth.%d", pin.Release, pin.Patch), nil
-		}
-	}
-	return "", errors.New("vendor.conf has no base")
+	base, err := pins.Base(list, "")
+	return fmt.Sprintf("%s+berth.%d", base.Release, base.Patch), err
 }

@@ -67,11 +67,10 @@ func run(ctx context.Context, out string, archs []string) error {
 	if err != nil {
 		return err
 	}
-	for _, pin := range list {
-		if pin.Patch != 0 && r.Version == "" { // the first is the one that is built by default
-			r.base, r.Version = pin, fmt.Sprintf("%s+berth.%d", pin.Release, pin.Patch)
-		}
+	if r.base, err = pins.Base(list, ""); err != nil {
+		return err
 	}
+	r.Version = fmt.Sprintf("%s+berth.%d", r.base.Release, r.base.Patch)
 	if r.Time, err = sourceTime(ctx, root); err != nil {
 		return err
 	}

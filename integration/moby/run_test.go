@@ -59,8 +59,9 @@ func prepare(t *testing.T) binaries {
 	assert.NilError(t, err)
 	list, err := pins.Load(filepath.Join(root, "vendor.conf"))
 	assert.NilError(t, err)
-	base := list[slices.IndexFunc(list, func(p pins.Pin) bool { return p.Patch != 0 })].Version
-	b := binaries{root: root, tree: "tree/" + base + "/stock", dir: "moby/" + base}
+	base, err := pins.Base(list, "")
+	assert.NilError(t, err)
+	b := binaries{root: root, tree: "tree/" + base.Version + "/stock", dir: "moby/" + base.Version}
 	b.build(t, root, "test2json", "build", "cmd/test2json")
 	for _, pkg := range packages {
 		if *all || pkg == packages[0] {
