@@ -1,6 +1,6 @@
 # `make` lists the targets. All that is built goes to build/.
 .DEFAULT_GOAL := help
-.PHONY: help deps build bases patch stress users test race lock rootful soak docs check bench bench-docs upstream-integration upstream-docs dist clean
+.PHONY: help deps build bases patch stress users test race lock rootful clients soak docs check bench bench-docs upstream-integration upstream-docs dist clean
 .NOTPARALLEL: # go uses all processors itself, and the order of what a target needs is meant
 
 BERTH := build/bin/berth
@@ -31,7 +31,7 @@ users: deps build ## watch two users' daemons start containers at once, stock an
 	go test -tags integration -count=1 -v -run '^TestTwoUsersStartAtOnce$$' ./integration/e2e
 
 test: deps check build ## everything: check, then the end-to-end test on real stacks
-	@$(BERTH) build pasta rootlesskit2 rootlesskit31 busybox
+	@$(BERTH) build pasta rootlesskit2 rootlesskit31 busybox compose
 	@$(TEST) -tags integration -count=1 -timeout 30m ./integration/...
 
 race: deps build ## the end-to-end tests of a dockerd with the race detector in it, which takes minutes to build
@@ -43,6 +43,10 @@ lock: deps build ## what other containers feel of one that searches for a port, 
 
 rootful: deps build ## start a rootful daemon beside 0 to 5,000 taken ports in a row, stock and Berth, 30 times each (as root; build/results/rootful.json)
 	go test -tags integration -count=1 -v -timeout 20m ./integration/rootful -full
+
+clients: deps build ## start Compose projects and testcontainers on a busy host, stock and Berth
+	@$(BERTH) build compose
+	go test -tags integration -count=1 -v ./integration/clients -full
 
 soak: deps build ## start and stop containers on a churning host for DURATION=20m, and look for what grows or is left
 	go test -tags integration -count=1 -v -timeout 0 -run '^TestSoak$$' ./integration/soak -duration $(DURATION)
