@@ -1,6 +1,6 @@
 # `make` lists the targets. All that is built goes to build/.
 .DEFAULT_GOAL := help
-.PHONY: help deps build bases patch stress users test race lock rootful clients soak docs check bench bench-docs upstream-integration upstream-docs dist clean
+.PHONY: help deps build bases patch stress users test race lock rootful clients fleet soak docs check bench bench-docs upstream-integration upstream-docs dist clean
 .NOTPARALLEL: # go uses all processors itself, and the order of what a target needs is meant
 
 BERTH := build/bin/berth
@@ -47,6 +47,9 @@ rootful: deps build ## start a rootful daemon beside 0 to 5,000 taken ports in a
 clients: deps build ## start Compose projects and testcontainers on a busy host, stock and Berth
 	@$(BERTH) build compose
 	go test -tags integration -count=1 -v ./integration/clients -full
+
+fleet: deps build ## run 30 replicas of a Swarm service on three nodes, stock and Berth (as root; build/results/fleet.json)
+	go test -tags integration -count=1 -v ./integration/fleet -full
 
 soak: deps build ## start and stop containers on a churning host for DURATION=20m, and look for what grows or is left
 	go test -tags integration -count=1 -v -timeout 0 -run '^TestSoak$$' ./integration/soak -duration $(DURATION)

@@ -8,8 +8,8 @@ usage: hack/deps.sh [--help | --remove]
 
 Sets up what Berth needs of a Debian system, or of one with its package names, as Ubuntu:
 packages, a /dev/net/tun that everyone may open, and somebody to run a rootless Docker: as
-root the user "berth", and "berth2" beside whom he runs it, who are made with subordinate ids
-if need be. It does only what is missing and can be run again at any time.
+root the users "berth", "berth2" and "berth3", who run it side by side and are made with
+subordinate ids if need be. It does only what is missing and can be run again at any time.
 
 Not as root it changes nothing: it says what is missing, and the command with which an
 administrator sets it up, and exits 1 if anything is. On other systems it looks for the
@@ -146,9 +146,9 @@ else
 	esac
 fi
 
-# Root cannot run a rootless Docker: it needs somebody who can, and a second one for what two of them do to each other.
+# Root cannot run a rootless Docker: it needs somebody who can, and others for what they do to each other, or together.
 users=$(id -un)
-[ "$users" != root ] || users='berth berth2'
+[ "$users" != root ] || users='berth berth2 berth3'
 for user in $users; do
 	id "$user" >/dev/null 2>&1 ||
 		need "there is no user $user to run a rootless Docker as" "useradd -m -s /bin/sh $user && mkdir -p $(dirname $made) && echo $user >>$made"

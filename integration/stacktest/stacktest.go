@@ -41,7 +41,7 @@ import (
 var Addresses = [2]string{"10.0.0.1", "10.0.0.2"}
 
 // Users are those whose stacks root's tests run: a test can have one of each. hack/deps.sh makes them.
-var Users = [2]string{stack.DefaultUser, "berth2"}
+var Users = [3]string{stack.DefaultUser, "berth2", "berth3"}
 
 const inNamespace = "BERTH_TEST_NETNS"
 
