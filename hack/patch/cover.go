@@ -22,16 +22,21 @@ type letter struct{ subject, body string }
 // cover puts into the text the tables that the tests wrote to docs/.
 func (s Series) cover() (letter, error) {
 	text := coverText
-	for _, name := range []string{"bases", "upstream"} {
-		data, err := os.ReadFile(filepath.Join(s.Root, "docs", name+".md"))
+	for _, table := range []struct{ name, file, heading string }{
+		{"bases", "bases.md", ""},
+		{"upstream", "upstream.md", ""},
+		{"held", "upstream.md", "\n## With ports of the host held\n"},
+	} {
+		data, err := os.ReadFile(filepath.Join(s.Root, "docs", table.file))
 		if err != nil && !errors.Is(err, os.ErrNotExist) {
 			return letter{}, err
 		}
-		rows := tableOf(string(data))
+		_, from, _ := strings.Cut(string(data), table.heading)
+		rows := tableOf(from)
 		if rows == "" {
 			rows = "(not measured)"
 		}
-		text = strings.ReplaceAll(text, "{{"+name+"}}", rows)
+		text = strings.ReplaceAll(text, "{{"+table.name+"}}", rows)
 	}
 	subject, body, _ := strings.Cut(text, "\n\n")
 	return letter{subject, strings.TrimSpace(body)}, nil

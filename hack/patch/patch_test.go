@@ -127,13 +127,21 @@ func TestCoverLetter(t *testing.T) {
 	assert.Check(t, is.Contains(cover, "\nFrom: Some Body <some@example.com>\n"))
 	assert.Check(t, is.Contains(cover, "\nSubject: [PATCH 0/3] "+subject+"\n"))
 	assert.Check(t, is.Contains(cover, "\n| base |\n| --- |\n| v1.0.0 |\n"))
-	assert.Check(t, !strings.Contains(cover, "another"))
+	assert.Check(t, !strings.Contains(cover, "| another"))
 	assert.Check(t, is.Contains(cover, "(not measured)")) // docs/upstream.md is not there
 	assert.Check(t, is.Contains(cover, "\n  nat: search\n"))
 	assert.Check(t, strings.HasSuffix(cover, "\nbase-commit: v1.0.0\n"))
 	for _, left := range []string{"***", "{{"} {
 		assert.Check(t, !strings.Contains(cover, left), "%s is left in %s", left, cover)
 	}
+
+	upstream := "| all |\n| --- |\n| 704 |\n\n## With ports of the host held\n\n| held |\n| --- |\n| 100 |\n"
+	assert.NilError(t, os.WriteFile(filepath.Join(s.Root, "docs", "upstream.md"), []byte(upstream), 0o644))
+	assert.NilError(t, s.write(t.Context(), small))
+	cover = mails(t, s.Dir)["0000-cover-letter.patch"]
+	assert.Check(t, is.Contains(cover, "by name:\n\n| all |\n| --- |\n| 704 |\n\n"))
+	assert.Check(t, is.Contains(cover, "held by another process:\n\n| held |\n| --- |\n| 100 |\n\n"))
+	assert.Check(t, !strings.Contains(cover, "(not measured)"))
 }
 
 func TestWrittenAgainItIsTheSame(t *testing.T) {
