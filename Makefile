@@ -72,6 +72,7 @@ check: ## gofmt, vet, staticcheck, shellcheck, and the unit tests with -race
 	go tool staticcheck -tags integration ./...
 	shellcheck hack/*.sh .ci/run
 	go build -gcflags=-lang=go1.25 ./daemon/... # the oldest that a base is built with
+	for arch in amd64 arm64; do GOOS=windows GOARCH=$$arch go build -o /dev/null ./hack/berth || exit 1; done # `berth doctor` is for Windows, too
 	@$(TEST) -race ./...
 
 bench: deps build ## run the benchmarks N times, and hold them against the limits (build/results)

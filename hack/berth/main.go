@@ -3,20 +3,16 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"os/signal"
-	"path/filepath"
 	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
-
-	"berth/hack/build"
-	"berth/hack/checkout"
-	"berth/hack/pins"
 )
 
 // Exit statuses.
@@ -31,6 +27,9 @@ type exitError struct {
 	error
 	status int
 }
+
+// errWouldFail ends `berth doctor` with its status; what would fail is printed already.
+var errWouldFail = errors.New("something would fail")
 
 func (e exitError) Unwrap() error { return e.error }
 
@@ -81,21 +80,7 @@ claimed (stress).`,
 		}
 		return err
 	}
-	cmd.AddCommand(
-		newBuildCommand(),
-		newPatchCommand(),
-		newRebaseCommand(),
-		newUpCommand(),
-		newDownCommand(),
-		newRestartCommand(),
-		newStatusCommand(),
-		newLogsCommand(),
-		newEnvCommand(),
-		newStressCommand(),
-		newInstallCommand(),
-		newUninstallCommand(),
-		newManCommand(),
-	)
+	cmd.AddCommand(commands()...)
 	cmd.SetFlagErrorFunc(misuse)
 	cmd.PersistentPreRunE = func(cmd *cobra.Command, _ []string) error { return misuse(cmd, cmd.ValidateFlagGroups()) }
 	for _, sub := range cmd.Commands() {
@@ -134,23 +119,8 @@ func noArguments(_ *cobra.Command, args []string) error {
 	return fmt.Errorf("unexpected argument %q", args[0])
 }
 
-// ownVersion is that of the daemon that is beside this command, or is built by it.
-func ownVersion(ctx context.Context) (string, error) {
-	if exe, err := os.Executable(); err == nil {
-		if exe, err = filepath.EvalSymlinks(exe); err == nil {
-			if v, err := build.Version(ctx, filepath.Join(filepath.Dir(exe), "dockerd")); err == nil {
-				return v, nil
-			}
-		}
-	}
-	root, err := checkout.Root()
-	if err != nil {
-		return "", err
-	}
-	list, err := pins.Load(filepath.Join(root, "vendor.conf"))
-	if err != nil {
-		return "", err
-	}
-	base, err := pins.Base(list, "")
-	return fmt.Sprintf("%s+berth.%d", base.Release, base.Patch), err
+func writeJSON(out io.Writer, v any) error {
+	e := json.NewEncoder(out)
+	e.SetIndent("", "  ")
+	return e.Encode(v)
 }

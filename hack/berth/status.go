@@ -1,8 +1,9 @@
+//go:build linux
+
 package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -91,12 +92,6 @@ and which one that runs.`,
 		return nil
 	}
 	return cmd
-}
-
-func writeJSON(out io.Writer, r report) error {
-	e := json.NewEncoder(out)
-	e.SetIndent("", "  ")
-	return e.Encode(r)
 }
 
 func (r report) print(out io.Writer, name string) {

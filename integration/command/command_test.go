@@ -185,11 +185,15 @@ func (u *user) fails(t *testing.T, line string, status int, says string) {
 	assert.Assert(t, is.Contains(r.stderr, says), "%s", line)
 }
 
-// documented are the command lines of README and of all --help texts, without comments.
+// documented are the command lines of README, of docs/troubleshooting.md and of all --help texts, without comments.
 func documented(t *testing.T, u *user) []string {
 	t.Helper()
-	readme, err := os.ReadFile(filepath.Join(u.root, "README.md"))
-	assert.NilError(t, err)
+	var readme []byte
+	for _, name := range []string{"README.md", "docs/troubleshooting.md"} {
+		text, err := os.ReadFile(filepath.Join(u.root, name))
+		assert.NilError(t, err)
+		readme = append(readme, text...)
+	}
 	lines := map[string]bool{}
 	add := func(line string) {
 		line, _, _ = strings.Cut(line, " # ")
@@ -231,7 +235,8 @@ var elsewhere = []string{
 	`berth rebase --dry-run VERSION`,                     // hack/rebase
 	`berth patch|git -C \.\./moby am .*`,                 // hack/patch, integration/upstream
 	`make (stress|test|dist|users|clients|fleet|soak|race|build|bench|bases|patch|upstream-integration)`, // checked to be targets
-	`berth --help`, // read above
+	`berth --help`,   // read above
+	`berth doctor.*`, // TestDoctor
 }
 
 // Every line that people are told to type does what is said of it, in an order that a day has.
@@ -324,6 +329,37 @@ func TestDocumentedLines(t *testing.T) {
 		}
 		t.Errorf("people are told to type %q, and no test does", line)
 	}
+}
+
+// Every line about doctor that people are told to type can be typed, and says something. What it should say, hack/doctor's tests
+// hold it to.
+func TestDoctor(t *testing.T) {
+	u := newUser(t)
+	dir := t.TempDir()
+	assert.NilError(t, os.WriteFile(filepath.Join(dir, "compose.yaml"), []byte("services: {a: {image: x, ports: [\"8080:80\"]}, b: {image: x, ports: [\"8080:80\"]}}"), 0o600))
+	tried := 0
+	for _, line := range documented(t, u) {
+		if !strings.HasPrefix(line, "berth doctor") {
+			continue
+		}
+		tried++
+		r := u.sh(t, "cd '"+dir+"' && "+line)
+		assert.Check(t, r.status == 0 || r.status == 1, "%s: %+v", line, r)
+		assert.Check(t, r.stdout != "", line)
+		switch line {
+		case "berth doctor compose.yaml":
+			assert.Check(t, is.Contains(r.stdout, "is wanted by service a, too"))
+		case "berth doctor 192.0.2.9:8080", "berth doctor 9000/sctp":
+			assert.Check(t, is.Equal(r.status, 1), line)
+		case "berth doctor --json 80":
+			var printed struct{ Version int }
+			assert.Check(t, json.Unmarshal([]byte(r.stdout), &printed))
+			assert.Check(t, is.Equal(printed.Version, 1))
+		}
+	}
+	assert.Assert(t, tried > 5)
+	u.fails(t, "berth doctor nosuch", 2, "want PORT[/PROTO]")
+	u.fails(t, "berth doctor --ignore nosuch", 2, `no check "nosuch"`)
 }
 
 // another checkout of the same user leaves this one's stack alone, and says whose it is.

@@ -1,0 +1,217 @@
+package doctor
+
+import (
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
+	"gotest.tools/v3/assert"
+	is "gotest.tools/v3/assert/cmp"
+)
+
+// host is one as data: what is in taken cannot be bound.
+func host(taken ...int) *Host {
+	return &Host{
+		unprivileged: 1024,
+		dynamic:      span{32768, 60999},
+		addresses:    []netip.Addr{netip.MustParseAddr("192.0.2.1")},
+		machine:      machine{uid: 1000, user: "u", maxUserns: -1},
+		processes:    func() map[uint32]string { return nil },
+		sockets:      func() []socket { return []socket{{"tcp", netip.IPv4Unspecified(), 8080, true, 0, 1}} },
+		bind: func(_ string, _ netip.Addr, port int) error {
+			for _, t := range taken {
+				if t == port {
+					return unix.EADDRINUSE
+				}
+			}
+			return nil
+		},
+	}
+}
+
+func examine(t *testing.T, h *Host, args ...string) Report {
+	t.Helper()
+	var asks []Ask
+	for _, arg := range args {
+		a, err := ParseAsk(arg)
+		assert.NilError(t, err)
+		asks = append(asks, a)
+	}
+	return Examine(h, Checks, asks)
+}
+
+func TestWhatIsSaidOfAPort(t *testing.T) {
+	kit := func(change func(*Daemon)) func(*Host) {
+		return func(h *Host) {
+			h.daemon = &Daemon{driver: "builtin", protos: []string{"tcp", "tcp4", "tcp6", "udp", "udp4", "udp6"}, rootlessKit: "/usr/bin/rootlesskit"}
+			change(h.daemon)
+		}
+	}
+	for _, tt := range []struct {
+		ask   string
+		taken []int
+		host  func(*Host)
+		check string
+		mark  Mark
+		says  string
+		root  string
+	}{
+		{ask: "8080", check: "port", mark: OK, says: "can be published"},
+		{ask: "8080", taken: []int{8080}, check: "held", mark: Fail, says: "of user root has it"},
+		{ask: "8080", taken: []int{8080}, host: kit(func(d *Daemon) { d.ports = map[string]string{"8080/tcp": "web"} }), check: "held", mark: Fail, says: "container web of this daemon"},
+		{ask: "80", check: "privileged", mark: Fail, says: "below 1024", root: "sysctl -w net.ipv4.ip_unprivileged_port_start=80"},
+		{ask: "80", host: kit(func(*Daemon) {}), check: "privileged", mark: Fail, root: "setcap cap_net_bind_service=ep /usr/bin/rootlesskit"},
+		{ask: "80", host: kit(func(d *Daemon) { d.privileged = true }), check: "port", mark: OK},
+		{ask: "80", host: func(h *Host) { h.unprivileged = 80 }, check: "port", mark: OK},
+		{ask: "80", host: func(h *Host) { h.rootful = true }, check: "port", mark: OK},
+		{ask: "40000", check: "dynamic", mark: Note, says: "32768-60999", root: "sysctl -w net.ipv4.ip_local_reserved_ports=40000"},
+		{ask: "40000", host: func(h *Host) { h.reserved = []span{{1, 1}} }, check: "dynamic", mark: Note, root: "sysctl -w net.ipv4.ip_local_reserved_ports=1,40000"},
+		{ask: "40000", host: func(h *Host) { h.reserved = []span{{39999, 40001}} }, check: "reserved", mark: Note},
+		{ask: "192.0.2.9:80", check: "address", mark: Fail, says: "no address 192.0.2.9"},
+		{ask: "192.0.2.1:8080", check: "port", mark: OK},
+		{ask: "8080/sctp", host: kit(func(*Daemon) {}), check: "protocol", mark: Fail, says: "drivers supports sctp"},
+		{ask: "[::1]:0", host: kit(func(d *Daemon) { d.protos = []string{"tcp"} }), check: "address", mark: Fail},
+		{ask: "9000-9002", taken: []int{9000, 9001}, check: "port", mark: OK, says: "at 9002, behind 2 that can't"},
+		{ask: "9000-9001", taken: []int{9000, 9001}, check: "held", mark: Fail, says: "none of 2 ports is free"},
+		{ask: "1000-1100", check: "port", mark: OK, says: "at 1024, behind 24 that can't"},
+		{ask: "0", taken: []int{32769}, host: func(h *Host) { h.reserved = []span{{32768, 32768}} }, check: "port", mark: OK, says: "at 32770"},
+		{ask: "0", host: func(h *Host) { h.reserved = []span{h.dynamic} }, check: "port", mark: Fail, says: "all are reserved"},
+	} {
+		h := host(tt.taken...)
+		if tt.host != nil {
+			tt.host(h)
+		}
+		r := examine(t, h, tt.ask)
+		f := r.Findings[0]
+		assert.Check(t, is.Equal(f.Check, tt.check), "%s: %+v", tt.ask, f)
+		assert.Check(t, is.Equal(f.Mark, tt.mark), "%s: %+v", tt.ask, f)
+		assert.Check(t, is.Contains(f.Says, tt.says), tt.ask)
+		assert.Check(t, is.Equal(strings.Join(f.Root, ";"), tt.root), tt.ask)
+		assert.Check(t, is.Equal(r.Failed(), tt.mark == Fail), tt.ask)
+	}
+}
+
+// slirp4netns does not say why: after 64 refusals the daemon gives up, unless it can look.
+func TestPortDriverThatDoesNotSayWhy(t *testing.T) {
+	var taken []int
+	for port := 20500; port < 20600; port++ {
+		taken = append(taken, port)
+	}
+	h := host(taken...)
+	h.daemon = &Daemon{driver: "slirp4netns", protos: []string{"tcp"}}
+	assert.Assert(t, examine(t, h, "20500-20600").Failed())
+	h.daemon.view = true
+	assert.Assert(t, !examine(t, h, "20500-20600").Failed())
+}
+
+func TestMachine(t *testing.T) {
+	for _, tt := range []struct{ distro, installs string }{
+		{"debian", "apt-get install -y uidmap"},
+		{"linuxmint ubuntu debian", "apt-get install -y uidmap"},
+		{"fedora", "dnf install -y shadow-utils"},
+		{"arch", "pacman -S --noconfirm shadow"},
+	} {
+		h := host()
+		h.machine.distro = tt.distro
+		assert.Check(t, is.DeepEqual(newuidmap(h)[0].Root, []string{tt.installs}))
+	}
+	h := host()
+	h.machine.uids, h.machine.gids = wantIDs, wantIDs-1
+	assert.Check(t, is.Equal(subids(h)[0].Mark, Fail))
+	h.machine.gids++
+	assert.Check(t, is.Equal(subids(h)[0].Mark, OK))
+	h.machine.maxUserns = 0
+	assert.Check(t, is.Equal(userns(h)[0].Mark, Fail))
+	h.machine.tun = os.ErrNotExist
+	assert.Check(t, is.DeepEqual(tun(h)[0].Root, []string{"modprobe tun"}))
+	h.machine.uid = 0 // root's Docker needs none of it
+	assert.Check(t, is.Len(tun(h), 0))
+}
+
+func TestIgnoredAndUnknownChecks(t *testing.T) {
+	checks, err := Find([]string{"privileged"})
+	assert.NilError(t, err)
+	a, err := ParseAsk("80")
+	assert.NilError(t, err)
+	assert.Assert(t, !Examine(host(), checks, []Ask{a}).Failed())
+	_, err = Find([]string{"nosuch"})
+	assert.ErrorContains(t, err, `no check "nosuch"`)
+}
+
+func TestComposeFile(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "compose.yaml")
+	assert.NilError(t, os.WriteFile(file, []byte(`
+services:
+  web: {image: x, ports: ["8080:80", "127.0.0.1:${DB:-5432}:5432", "53:53/udp", "80"]}
+  api: {image: x, ports: ["9000-9010:80", "8080:8080"]}
+`), 0o600))
+	asks, err := FromCompose(t.Context(), file)
+	assert.NilError(t, err)
+	var got []string
+	for _, a := range asks {
+		got = append(got, a.String())
+	}
+	assert.DeepEqual(t, got, []string{"api 9000-9010/tcp", "api 8080/tcp", "web 8080/tcp", "web 127.0.0.1:5432/tcp", "web 53/udp", "web 0/tcp"})
+	r := Examine(host(), Checks, asks)
+	assert.Check(t, is.Equal(r.Findings[2].Check, "twice"))
+	assert.Check(t, is.Contains(r.Findings[2].Says, "service api"))
+}
+
+func TestParseAsk(t *testing.T) {
+	for _, bad := range []string{"", "x", "65536", "-1", "20-10", "0-10", "80/icmp", "nohost:80", "1.2.3.4:", "::1:80"} {
+		_, err := ParseAsk(bad)
+		assert.Check(t, err != nil, bad)
+	}
+}
+
+// The settings below /proc/sys/net are those of the reading thread's namespace.
+func TestARealHost(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("a network namespace takes root")
+	}
+	runtime.LockOSThread() // for good: the thread and its namespace end with the test
+	ns, err := netns.New()
+	assert.NilError(t, err)
+	defer ns.Close()
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	assert.NilError(t, err)
+	defer unix.Close(fd)
+	assert.NilError(t, unix.Bind(fd, &unix.SockaddrInet4{Port: 8080}))
+	assert.NilError(t, unix.Listen(fd, 1))
+	for name, value := range map[string]string{"ip_unprivileged_port_start": "500", "ip_local_port_range": "40000 40999", "ip_local_reserved_ports": "40000-40998"} {
+		assert.NilError(t, os.WriteFile("/proc/sys/net/ipv4/"+name, []byte(value), 0))
+	}
+	h, err := Look(nil, false)
+	assert.NilError(t, err)
+	r := examine(t, h, "8080")
+	assert.Check(t, r.Failed())
+	assert.Check(t, is.Contains(r.Findings[0].Says, "process "+strconv.Itoa(os.Getpid())+" (doctor.test) of user root has it"))
+	assert.Check(t, !examine(t, h, "500").Failed())
+	assert.Check(t, examine(t, h, "499").Failed())
+	assert.Check(t, is.Contains(examine(t, h, "0").Findings[0].Says, "at 40999"))
+	assert.Check(t, !examine(t, h, "8080/udp").Failed())
+}
+
+// A hundred ports, all of them taken by a process that is looked for. They should take less than 300 ms.
+func BenchmarkHundredPorts(b *testing.B) {
+	var asks []Ask
+	for range 100 {
+		l, err := net.Listen("tcp4", "127.0.0.1:0")
+		assert.NilError(b, err)
+		defer l.Close()
+		port := l.Addr().(*net.TCPAddr).Port
+		asks = append(asks, Ask{First: port, Last: port, Proto: "tcp"})
+	}
+	for b.Loop() {
+		h, err := Look(nil, false)
+		assert.NilError(b, err)
+		assert.Assert(b, Examine(h, Checks, asks).Failed())
+	}
+}
