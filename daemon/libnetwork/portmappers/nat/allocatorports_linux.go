@@ -3,8 +3,9 @@ package nat
 import (
 	"math/rand/v2"
 	"os"
-	"slices"
 	"time"
+
+	"github.com/moby/moby/v2/daemon/libnetwork/portallocator"
 )
 
 const (
@@ -26,9 +27,13 @@ type allocatorPorts struct {
 	left        []uint16 // left has the ports to choose from, once it jumps.
 }
 
+// newAllocatorPorts takes the allocator's own range from where upstream tells it, though for tests only.
 func newAllocatorPorts(r *request) *allocatorPorts {
-	s := &allocatorPorts{req: r, start: time.Now()}
-	s.first, s.last = r.ports()
+	s := &allocatorPorts{req: r, first: r.first, last: r.last, start: time.Now()}
+	if r.dynamic() {
+		first, last := portallocator.GetPortRange()
+		s.first, s.last = int(first), int(last)
+	}
 	return s
 }
 
@@ -54,12 +59,15 @@ func (s *allocatorPorts) next() (first, last int, ok bool) {
 // jump collects what is left: without the ports that the kernel reserves, which the allocator leaves out of
 // the range, but not one by one.
 func (s *allocatorPorts) jump() {
-	var reserved portSet
 	text, _ := os.ReadFile(reservedPorts)
-	reserved.parse(string(text))
+	var out portSet
+	out.parse(string(text))
+	for _, port := range s.held {
+		out.add(int(port))
+	}
 	s.left = make([]uint16, 0, s.last-s.first+1)
 	for port := s.first; port <= s.last; port++ {
-		if !reserved.has(port) && !slices.Contains(s.held, uint16(port)) {
+		if !out.has(port) {
 			s.left = append(s.left, uint16(port))
 		}
 	}
@@ -74,6 +82,6 @@ func (s *allocatorPorts) refused(n, port int) {
 	}
 }
 
-func (s *allocatorPorts) seen() (int, error) { return min(s.tried, s.last-s.first+1), nil }
-
-func (s *allocatorPorts) ports() (first, last int) { return s.first, s.last }
+func (s *allocatorPorts) seen() (first, last, tried int, taken error) {
+	return s.first, s.last, min(s.tried, s.last-s.first+1), nil
+}

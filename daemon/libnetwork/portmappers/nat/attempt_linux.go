@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net/netip"
 	"os"
+	"strings"
 
 	"github.com/containerd/log"
 	"github.com/moby/moby/v2/daemon/libnetwork/portallocator"
@@ -19,6 +20,7 @@ type attempt struct {
 	port   int
 	socks  []*os.File // by child address, as req.binds has them
 	parts  []part     // by host address
+	few    [2]part    // As a rule, these are enough.
 }
 
 // part is what a host address has of an attempt.
@@ -35,8 +37,10 @@ func try(ctx context.Context, r *request, driver PortDriverClient, leases *reser
 	if err != nil {
 		return nil, &childRefusal{first: first, err: err}
 	}
-	a := &attempt{req: r, leases: leases, port: port, socks: socks, parts: make([]part, len(r.addrs))}
+	a := &attempt{req: r, leases: leases, port: port, socks: socks}
+	a.parts = a.few[:0]
 	for i := range r.addrs {
+		a.parts = append(a.parts, part{})
 		leases.join(r.childPort(i, port))
 	}
 	if driver == nil {
@@ -50,23 +54,21 @@ func try(ctx context.Context, r *request, driver PortDriverClient, leases *reser
 
 // publish has the driver expose the port on the host, address by address.
 func (a *attempt) publish(ctx context.Context, driver PortDriverClient) error {
-	// An outcome that isn't known can't be undone: see each request through.
-	callCtx := ctx
-	if ctx.Done() != nil {
-		callCtx = context.WithoutCancel(ctx)
+	calls, proto, served := ctx, a.req.proto.String(), len(a.parts)
+	if ctx.Done() != nil { // An outcome that isn't known can't be undone: see each request through.
+		calls = context.WithoutCancel(ctx)
 	}
-	served := len(a.parts)
 	for i, addr := range a.req.addrs {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
 		p := &a.parts[i]
 		var err error
-		p.remove, err = driver.AddPort(callCtx, a.req.proto.String(), addr.host, addr.child, a.port)
+		p.remove, err = driver.AddPort(calls, proto, addr.host, addr.child, a.port)
 		if err == nil {
 			continue
 		}
-		if isUnsupported(err) {
+		if strings.Contains(strings.ToLower(err.Error()), textUnsupported) {
 			log.G(ctx).WithFields(log.Fields{"error": err}).Warnf("discarding request for %q", netip.AddrPortFrom(addr.host, uint16(a.port)))
 			p.unsupported = true
 			if served--; served > 0 {

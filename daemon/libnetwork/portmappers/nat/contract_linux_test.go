@@ -127,7 +127,7 @@ var promises = map[string]func(t *testing.T, s subject){
 		d := s.client()
 		r, err := newRequest(ask(types.UDP, contractPort, contractPort, "127.0.0.1", "127.0.0.2", "::1"), d)
 		assert.NilError(t, err)
-		leases := noReservations()
+		leases := newReservations()
 		a, err := try(ctx, r, cancelling{d, cancel}, leases, contractPort, contractPort)
 		assert.Check(t, is.ErrorIs(err, context.Canceled))
 		assert.Assert(t, a != nil)

@@ -19,14 +19,12 @@ type PortDriverClient interface {
 // errRemoved is what the function that undoes an AddPort returns from the second call on.
 var errRemoved = errors.New("the host port was removed before")
 
-// unsettled is the error of an AddPort or a removal that was given up: what it did, or will do, is not known
-// yet.
+// unsettled is the error of an AddPort or a removal that was given up: what it did is not known yet.
 type unsettled struct {
 	err error
-	// settled is closed once nothing of the call is left on the host. It is nil if that will never be known.
+	// settled is closed once nothing of the call is left on the host; nil if that will never be known.
 	settled <-chan struct{}
 }
 
 func (u *unsettled) Error() string { return u.err.Error() }
-
 func (u *unsettled) Unwrap() error { return u.err }

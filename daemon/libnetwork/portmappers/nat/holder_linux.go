@@ -11,35 +11,37 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// holderLimit is how long it may take to find out who holds a port.
-const holderLimit = 50 * time.Millisecond
-
-// overflowUID is what the kernel makes of a user id that a user namespace does not have (user_namespaces(7)).
-const overflowUID = 65534
+const (
+	// holderLimit is how long it may take to find out who holds a port.
+	holderLimit = 50 * time.Millisecond
+	// overflowUID is what the kernel makes of a user id that a user namespace does not have (user_namespaces(7)).
+	overflowUID = 65534
+)
 
 // holder tells whose port on addr is, on the host: "" if that can't be seen, or takes too long. Which process
 // it is, the daemon's user namespace hides.
-func holder(proto types.Protocol, addr netip.Addr, port int) (who string) {
-	found := make(chan *netlink.Socket, 1)
+func holder(proto types.Protocol, addr netip.Addr, port int) string {
+	found := make(chan string, 1)
 	go onHost(func() {
 		s := socketAt(proto, addr, port)
 		if s == nil && addr.Is4() && (&look{proto: proto}).refusal(addr, port) != nil {
 			// No IPv4 socket has it: then one of [::] that takes IPv4, too.
 			s = socketAt(proto, netip.IPv6Unspecified(), port)
 		}
-		found <- s
-	})
-	select {
-	case s := <-found:
 		switch {
 		case s == nil:
-			return ""
+			found <- ""
 		case s.UID == overflowUID:
-			return "another user's process"
+			found <- "another user's process"
 		case s.UID == uint32(os.Getuid()):
-			return "another process of this user"
+			found <- "another process of this user"
+		default:
+			found <- fmt.Sprintf("a container's process (of user %d in this daemon's user namespace)", s.UID)
 		}
-		return fmt.Sprintf("a container's process (of user %d in this daemon's user namespace)", s.UID)
+	})
+	select {
+	case who := <-found:
+		return who
 	case <-time.After(holderLimit):
 		return ""
 	}

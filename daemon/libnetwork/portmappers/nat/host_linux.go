@@ -61,6 +61,7 @@ func onHost(f func()) bool {
 type look struct {
 	proto types.Protocol
 	addrs []netip.Addr
+	few   [2]netip.Addr // As a rule, these are enough.
 	// exclusive leaves out SO_REUSEADDR: a port that is kept by a socket which doesn't listen is taken, too.
 	exclusive bool
 }
@@ -78,26 +79,24 @@ func (l *look) find(next func() int) (free int, taken netip.Addr) {
 		fds = fds[:0]
 	}
 	defer drop()
+ports:
 	for free = next(); free != 0; free = next() {
-		n := 0
-		for ; n < len(l.addrs); n++ {
+		for n, addr := range l.addrs {
 			if n == len(fds) {
-				fd, err := socket(l.proto, l.addrs[n], !l.exclusive)
+				fd, err := socket(l.proto, addr, !l.exclusive)
 				if err != nil {
 					return free, taken
 				}
 				fds = append(fds, fd)
 			}
-			if unix.Bind(fds[n], sockaddr(l.addrs[n], free)) == unix.EADDRINUSE {
-				break
+			if unix.Bind(fds[n], sockaddr(addr, free)) == unix.EADDRINUSE {
+				if taken = addr; n > 0 { // The first n are bound.
+					drop()
+				}
+				continue ports
 			}
 		}
-		if n == len(l.addrs) {
-			break
-		}
-		if taken = l.addrs[n]; n > 0 { // The first n are bound.
-			drop()
-		}
+		break
 	}
 	return free, taken
 }
@@ -119,10 +118,10 @@ func bind(fd int, proto types.Protocol, addr netip.Addr, port int, listen bool) 
 	if err == nil && listen && proto == types.TCP {
 		err = unix.Listen(fd, 1)
 	}
-	if err != nil {
-		err = listenError(proto, addr, port, err)
+	if err == nil {
+		return nil
 	}
-	return err
+	return listenError(proto, addr, port, err)
 }
 
 func listenError(proto types.Protocol, addr netip.Addr, port int, err error) error {
@@ -203,17 +202,14 @@ func (s *portSet) add(port int) { s[port/64] |= 1 << (port % 64) }
 
 // parse adds "8080,9000-9010" to the set. What can't be understood is left out.
 func (s *portSet) parse(text string) {
-	if text = strings.TrimSpace(text); text == "" {
-		return
-	}
-	for part := range strings.SplitSeq(text, ",") {
+	for part := range strings.SplitSeq(strings.TrimSpace(text), ",") {
 		a, b, isRange := strings.Cut(part, "-")
-		first, err := strconv.ParseUint(a, 10, 16)
-		last := first
-		if isRange && err == nil {
-			last, err = strconv.ParseUint(b, 10, 16)
+		if !isRange {
+			b = a
 		}
-		for ; err == nil && first <= last; first++ {
+		first, err := strconv.ParseUint(a, 10, 16)
+		last, err2 := strconv.ParseUint(b, 10, 16)
+		for ; err == nil && err2 == nil && first <= last; first++ {
 			s.add(int(first))
 		}
 	}

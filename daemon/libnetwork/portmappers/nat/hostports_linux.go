@@ -125,6 +125,6 @@ func (h *hostPorts) refused(_, port int) {
 	}
 }
 
-func (h *hostPorts) ports() (first, last int) { return h.first, h.last }
-
-func (h *hostPorts) seen() (tried int, taken error) { return h.tried, h.taken }
+func (h *hostPorts) seen() (first, last, tried int, taken error) {
+	return h.first, h.last, h.tried, h.taken
+}

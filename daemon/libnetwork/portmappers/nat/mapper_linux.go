@@ -48,10 +48,7 @@ type Config struct {
 
 // NewPortMapper returns a PortMapper that asks cfg.RlkClient for host ports.
 func NewPortMapper(cfg Config) PortMapper {
-	m := &rooms{
-		leases:  &reservations{parts: map[childPort]int{}, late: map[*unsettled]childPort{}},
-		cursors: map[types.Protocol]*atomic.Int32{types.TCP: {}, types.UDP: {}},
-	}
+	m := &rooms{leases: newReservations(), cursors: map[types.Protocol]*atomic.Int32{types.TCP: {}, types.UDP: {}}}
 	// Upstream's client is a nil pointer where there is none to ask. Then, as no port driver's, its address
 	// for 0.0.0.0 in the child is that one.
 	any4 := netip.IPv4Unspecified()
@@ -81,7 +78,7 @@ func (pm PortMapper) MapPorts(ctx context.Context, cfg []portmapperapi.PortBindi
 	}
 	m := pm.rooms
 	if m == nil {
-		m = &rooms{}
+		m = &rooms{leases: newReservations()}
 	}
 	r, err := newRequest(cfg, m.driver)
 	if err != nil {
@@ -117,11 +114,11 @@ func (m *rooms) lookAtHost(ctx context.Context, s *search) {
 	if m.driver == nil && m.pasta == nil || m.cursors[r.proto] == nil || !hostInSight() {
 		return
 	}
-	s.view = &look{proto: r.proto}
+	s.view = &look{proto: r.proto, exclusive: m.pasta != nil}
 	if m.pasta != nil {
-		s.view.addrs, s.view.exclusive = pastaAddrs(), true
-		s.driver = m.pasta.client(r, r.fixed())
+		s.view.addrs, s.driver = pastaAddrs(), m.pasta.client(r, r.fixed())
 	} else {
+		s.view.addrs = s.view.few[:0]
 		for _, a := range r.addrs {
 			s.view.addrs = append(s.view.addrs, a.host)
 		}
@@ -136,29 +133,25 @@ func (m *rooms) lookAtHost(ctx context.Context, s *search) {
 	}
 }
 
-// explain gathers what is known of a failed search. A rootful daemon's errors for a fixed port are the
+// explain adds what the mapper knows of a failed search. A rootful daemon's errors for a fixed port are the
 // allocator's.
 func (m *rooms) explain(s *search, f *failure) error {
 	r, child := (*hostRefusal)(nil), (*childRefusal)(nil)
 	if s.driver == nil && s.req.fixed() && errors.As(f.last, &child) {
 		return child.err
 	}
-	var known facts
-	known.first, known.last = s.ports.ports()
-	if s.view != nil {
-		known.limit = hostUnprivileged()
-	}
-	if s.req.fixed() && errors.As(f.last, &r) && causeOf(r, known.limit) == inUse {
+	f.limit = s.limit()
+	if s.req.fixed() && errors.As(f.last, &r) && causeOf(r, f.limit) == inUse {
 		if s.view != nil {
-			known.holder = holder(r.proto, r.host, r.port)
+			f.holder = holder(r.proto, r.host, r.port)
 		}
 		m.leases.each(func(p childPort) {
 			if p.proto == r.proto && int(p.at.Port()) == r.port && p.at.Addr().Is4() == r.host.Is4() {
-				known.holder = "a container of this daemon (on another host address)"
+				f.holder = "a container of this daemon (on another host address)"
 			}
 		})
 	}
-	return explain(f, s.req, known)
+	return explain(f, s.req)
 }
 
 // UnmapPorts closes, removes and releases everything that MapPorts set up for pbs. A step that fails does not
@@ -166,7 +159,7 @@ func (m *rooms) explain(s *search, f *failure) error {
 // has not answered in time: those are logged, and their ports stay reserved until it has. How long it is
 // waited for, silence tells.
 func (pm PortMapper) UnmapPorts(_ context.Context, pbs []portmapperapi.PortBinding) error {
-	var leases *reservations
+	leases := newReservations()
 	if pm.rooms != nil {
 		leases = pm.rooms.leases
 	}

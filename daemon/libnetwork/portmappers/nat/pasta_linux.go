@@ -9,7 +9,6 @@ import (
 	"os"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/moby/moby/v2/daemon/libnetwork/types"
@@ -43,10 +42,11 @@ func (b ownBindings) over() bool { return b.n == 0 && !time.Now().Before(b.until
 
 // pastaAddrs are the addresses that pasta may bind, whatever the user asks for.
 func pastaAddrs() []netip.Addr {
+	addrs := []netip.Addr{netip.IPv4Unspecified(), netip.IPv6Unspecified()}
 	if _, err := os.Stat("/proc/sys/net/ipv6"); err != nil {
-		return []netip.Addr{netip.IPv4Unspecified()}
+		return addrs[:1]
 	}
-	return []netip.Addr{netip.IPv4Unspecified(), netip.IPv6Unspecified()}
+	return addrs
 }
 
 // portDriverIsImplicit tells whether RootlessKit's port driver is "implicit". Its API doesn't tell it from
@@ -69,11 +69,11 @@ func (p *pasta) client(r *request, insist bool) PortDriverClient {
 
 type pastaClient struct {
 	*pasta
-	fixed  bool
-	insist bool
-	port   int   // port is the one that the sockets keep.
-	socks  []int // socks are shared by the host addresses of the request.
-	users  int
+	fixed, insist bool
+
+	port  int   // port is the one that the sockets keep.
+	socks []int // socks are shared by the host addresses of the request.
+	users int
 }
 
 func (c *pastaClient) ChildHostIP(_ string, hostIP netip.Addr) netip.Addr { return hostIP }
@@ -95,13 +95,14 @@ func (c *pastaClient) AddPort(_ context.Context, proto string, _, _ netip.Addr, 
 	c.users++
 	maps.DeleteFunc(c.own, func(_ ownPort, b ownBindings) bool { return b.over() })
 	c.own[p] = ownBindings{n: c.own[p].n + 1}
-	var removed atomic.Bool
+	removed := false
 	return func() error {
-		if removed.Swap(true) {
-			return errRemoved
-		}
 		c.mu.Lock()
 		defer c.mu.Unlock()
+		if removed {
+			return errRemoved
+		}
+		removed = true
 		c.own[p] = ownBindings{n: c.own[p].n - 1, until: time.Now().Add(pastaLag)}
 		if c.users--; c.users == 0 {
 			c.letGo()
@@ -120,67 +121,53 @@ func (c *pastaClient) letGo() {
 
 // keep binds p's port on all that pasta may bind, or returns why it can't. It is called on the host.
 func (c *pastaClient) keep(p ownPort) error {
-	if !c.fixed && c.own[p].n > 0 { // pasta has one for all host addresses.
+	mine := c.own[p].n > 0
+	if mine && !c.fixed { // pasta has one for all host addresses.
 		return listenError(p.proto, netip.IPv4Unspecified(), p.port, unix.EADDRINUSE)
 	}
-	// pasta takes the UDP port for every TCP port, too.
-	own := !c.own[ownPort{types.TCP, p.port}].over() || !c.own[ownPort{types.UDP, p.port}].over()
-	if c.own[p].n == 0 {
-		fd, err := claim(p)
+	// Other daemons of Berth's are told that p is published, also those that insist on it: to them, what is
+	// kept for pasta is free. The name is one of the host's network namespace, and the kernel's to give back.
+	if !mine {
+		fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 		if err != nil {
 			return err
 		}
 		c.socks = append(c.socks, fd)
+		name := fmt.Sprintf("@berth-published-%s-%d", p.proto, p.port)
+		if err = unix.Bind(fd, &unix.SockaddrUnix{Name: name}); err != nil {
+			return listenError(p.proto, netip.IPv4Unspecified(), p.port, err)
+		}
 	}
+	// pasta takes the UDP port for every TCP port, too.
+	own := !c.own[ownPort{types.TCP, p.port}].over() || !c.own[ownPort{types.UDP, p.port}].over()
 	for _, addr := range pastaAddrs() {
-		fd, err := keepAt(p, addr, c.insist && p.proto == types.TCP)
-		if err == nil {
-			c.socks = append(c.socks, fd)
-		} else if !c.insist || !own || !errors.Is(err, unix.EADDRINUSE) {
+		if err := c.keepAt(p, addr); err != nil && !(c.insist && own && errors.Is(err, unix.EADDRINUSE)) {
 			return err
 		}
 	}
 	return nil
 }
 
-// claim tells other daemons of Berth's that p is published, also those that insist on it: to them, what is kept
-// for pasta is free. The name is one of the host's network namespace, whoever the daemon's user is, and the
-// kernel's to give back.
-func claim(p ownPort) (int, error) {
-	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return -1, err
-	}
-	if err = unix.Bind(fd, &unix.SockaddrUnix{Name: fmt.Sprintf("@berth-published-%s-%d", p.proto, p.port)}); err != nil {
-		unix.Close(fd)
-		return -1, listenError(p.proto, netip.IPv4Unspecified(), p.port, err)
-	}
-	return fd, nil
-}
-
 // keepAt binds a socket that is in everybody's way but pasta's, which sets SO_REUSEADDR and comes later. One
 // that is bound without SO_REUSEADDR finds other daemons' kept ports taken; but a connection that was served
 // keeps that off for a minute, where pasta could listen: then, if it is to insist, it is bound as pasta does,
 // for TCP. A UDP socket that is bound after pasta's would take its datagrams.
-func keepAt(p ownPort, addr netip.Addr, insist bool) (int, error) {
+func (c *pastaClient) keepAt(p ownPort, addr netip.Addr) error {
 	fd, err := socket(p.proto, addr, false)
 	if err != nil {
-		return -1, err
+		return err
 	}
+	c.socks = append(c.socks, fd) // Where it isn't bound, it does no harm.
 	err = bind(fd, p.proto, addr, p.port, false)
-	if err != nil && insist {
-		if err = (&look{proto: p.proto}).refusal(addr, p.port); err == nil {
-			// A failed bind leaves a socket as it was.
-			if err = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1); err == nil {
-				err = bind(fd, p.proto, addr, p.port, false)
-			}
-		}
+	again := err != nil && c.insist && p.proto == types.TCP
+	if again {
+		err = (&look{proto: p.proto}).refusal(addr, p.port)
 	}
 	if err == nil {
 		err = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1)
 	}
-	if err != nil {
-		unix.Close(fd)
+	if err == nil && again {
+		err = bind(fd, p.proto, addr, p.port, false) // A failed bind left the socket as it was.
 	}
-	return fd, err
+	return err
 }

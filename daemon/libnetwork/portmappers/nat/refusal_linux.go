@@ -53,28 +53,25 @@ func (c cause) verdict() verdict {
 }
 
 // signs has what a cause is known by. The errno of a port driver's refusal gets lost in RootlessKit's API (an
-// answer has only a message), so there is a text for each, in lower case.
+// answer has only a message), so that its text counts, too, as do others, in lower case.
 var signs = [...]struct {
 	errnos []unix.Errno
 	texts  []string
 }{
-	privileged: {[]unix.Errno{unix.EACCES}, []string{"permission denied"}},
-	inUse:      {[]unix.Errno{unix.EADDRINUSE}, []string{"address already in use", "port is busy"}},
+	privileged: {errnos: []unix.Errno{unix.EACCES}},
+	inUse:      {[]unix.Errno{unix.EADDRINUSE}, []string{"port is busy"}},
 	reserved:   {nil, []string{"forbidden by its access permissions"}}, // Windows, where RootlessKit runs in WSL.
 	// RootlessKit (all port drivers), gvisor-tap-vsock, and the allocator.
 	ours: {nil, []string{"conflict with id", "proxy already running", textAllocated, textAllAllocated}},
 	// RootlessKit's validation, and of the kernel's a link-local address without its zone.
-	invalid: {[]unix.Errno{unix.EINVAL}, []string{"invalid argument", "invalid parentip", "invalid childip", "invalid parentport", "invalid childport", "invalid ip"}},
-	notHere: {[]unix.Errno{unix.EADDRNOTAVAIL}, []string{"cannot assign requested address"}},
+	invalid: {[]unix.Errno{unix.EINVAL}, []string{"invalid parentip", "invalid childip", "invalid parentport", "invalid childport", "invalid ip"}},
+	notHere: {errnos: []unix.Errno{unix.EADDRNOTAVAIL}},
 	// Also dockerd's client, and gvisor-tap-vsock's way to say that it takes no IPv6 address.
 	unserved: {[]unix.Errno{unix.EAFNOSUPPORT, unix.EPROTONOSUPPORT}, []string{
-		"address family not supported by protocol", "protocol not supported", "unknown proto", "no portdriver is available",
-		"unsupported port protocol", "unsupported protocol", "too many colons in address", "unsupported ip", "bad arguments",
-		"requires --ipv6", "unsupported childip", textUnsupported,
+		"unknown proto", "no portdriver is available", "unsupported port protocol", "unsupported protocol",
+		"too many colons in address", "unsupported ip", "bad arguments", "requires --ipv6", "unsupported childip", textUnsupported,
 	}},
-	noRoom: {[]unix.Errno{unix.EMFILE, unix.ENFILE, unix.ENOBUFS, unix.ENOMEM}, []string{
-		"too many open files", "no buffer space available", "cannot allocate memory",
-	}},
+	noRoom:    {errnos: []unix.Errno{unix.EMFILE, unix.ENFILE, unix.ENOBUFS, unix.ENOMEM}},
 	unreached: {nil, []string{"executable file not found", "fork/exec", "dial unix"}},
 }
 
@@ -118,9 +115,10 @@ func (r *childRefusal) Unwrap() error { return r.err }
 // be seen.
 func causeOf(err error, limit int) cause {
 	c, text := unclear, strings.ToLower(err.Error())
+	says := func(t string) bool { return strings.Contains(text, t) }
 	for i, s := range signs {
-		if slices.ContainsFunc(s.texts, func(t string) bool { return strings.Contains(text, t) }) ||
-			slices.ContainsFunc(s.errnos, func(n unix.Errno) bool { return errors.Is(err, n) }) {
+		if slices.ContainsFunc(s.texts, says) ||
+			slices.ContainsFunc(s.errnos, func(n unix.Errno) bool { return says(n.Error()) || errors.Is(err, n) }) {
 			c = cause(i)
 		}
 	}
@@ -164,15 +162,10 @@ func isLost(err error) bool {
 	return errors.As(err, &urlErr) || errors.As(err, &syntax) || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF)
 }
 
-// isUnsupported tells whether the port driver does not serve the protocol.
-func isUnsupported(err error) bool {
-	return strings.Contains(strings.ToLower(err.Error()), textUnsupported)
-}
-
 // isUnknownPort tells whether RootlessKit's answer to a removal is that it has no such port. That is as good
 // as having removed it.
 func isUnknownPort(err error) bool {
 	text := strings.ToLower(err.Error())
-	return slices.ContainsFunc([]string{"unknown id", "unknown port id", "invalid id", "bad arguments.id"},
-		func(t string) bool { return strings.Contains(text, t) })
+	return strings.Contains(text, "unknown id") || strings.Contains(text, "unknown port id") ||
+		strings.Contains(text, "invalid id") || strings.Contains(text, "bad arguments.id")
 }

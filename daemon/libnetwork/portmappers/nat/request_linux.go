@@ -7,7 +7,6 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/moby/moby/v2/daemon/libnetwork/portallocator"
 	"github.com/moby/moby/v2/daemon/libnetwork/portmapperapi"
 	"github.com/moby/moby/v2/daemon/libnetwork/types"
 )
@@ -19,6 +18,9 @@ type request struct {
 	first, last int    // The host ports that will do; both are 0 if any will.
 	addrs       []address
 	binds       []net.IP // The child addresses, each once.
+
+	fewAddrs [2]address // As a rule, these are enough: no objects of their own.
+	fewBinds [2]net.IP
 }
 
 // address is a host address, what stands in for it in the child namespace, and the caller's words for it.
@@ -26,18 +28,18 @@ type address struct {
 	host, child netip.Addr
 	bind        net.IP // bind is the child address, as upstream has it.
 	shares      bool   // An address before it has the same child address.
-	cfg         portmapperapi.PortBindingReq
+	cfg         *portmapperapi.PortBindingReq
 }
 
 // newRequest makes the request of cfg, without what the driver does not serve. A nil driver, which nobody
 // asks, serves all.
 func newRequest(cfg []portmapperapi.PortBindingReq, driver PortDriverClient) (*request, error) {
-	f := cfg[0]
-	r := &request{
-		proto: f.Proto, container: f.Port, first: int(f.HostPort), last: int(f.HostPortEnd),
-		addrs: make([]address, 0, len(cfg)), binds: make([]net.IP, 0, len(cfg)),
-	}
-	for _, c := range cfg {
+	f, proto := &cfg[0], cfg[0].Proto.String()
+	r := &request{proto: f.Proto, container: f.Port, first: int(f.HostPort), last: int(f.HostPortEnd)}
+	r.addrs, r.binds = r.fewAddrs[:0], r.fewBinds[:0]
+	var unserved request
+	for i := range cfg {
+		c := &cfg[i]
 		if c.Proto != f.Proto || c.Port != f.Port || c.HostPort != f.HostPort || c.HostPortEnd != f.HostPortEnd {
 			return nil, types.InternalErrorf("port binding mismatch %d/%s:%d-%d, %d/%s:%d-%d",
 				f.Port, f.Proto, f.HostPort, f.HostPortEnd, c.Port, c.Proto, c.HostPort, c.HostPortEnd)
@@ -48,7 +50,8 @@ func newRequest(cfg []portmapperapi.PortBindingReq, driver PortDriverClient) (*r
 			if !ok {
 				return nil, fmt.Errorf("invalid host IP address in %s", c.PortBinding)
 			}
-			if a.child = driver.ChildHostIP(c.Proto.String(), a.host); !a.child.IsValid() {
+			if a.child = driver.ChildHostIP(proto, a.host); !a.child.IsValid() {
+				unserved.addrs = append(unserved.addrs, a)
 				continue
 			}
 		}
@@ -70,15 +73,12 @@ func newRequest(cfg []portmapperapi.PortBindingReq, driver PortDriverClient) (*r
 		return nil, fmt.Errorf("cannot publish container port %d: unknown protocol %s", f.Port, f.Proto)
 	}
 	var networks []string
-	for _, c := range cfg {
-		host, _ := netip.AddrFromSlice(c.HostIP)
-		r.addrs = append(r.addrs, address{host: host.Unmap()})
-		if n := network(c.Proto, host.Unmap().Is6()); !slices.Contains(networks, n) {
-			networks = append(networks, n)
-		}
+	for _, a := range unserved.addrs {
+		networks = append(networks, network(f.Proto, a.host.Is6()))
 	}
+	slices.Sort(networks)
 	return nil, fmt.Errorf("cannot publish container port %d/%s on host address %s: RootlessKit's port driver does not support %s; use another protocol or host address, or a port driver that supports it (DOCKERD_ROOTLESS_ROOTLESSKIT_PORT_DRIVER)",
-		f.Port, f.Proto, r.on(), strings.Join(networks, " and "))
+		f.Port, f.Proto, unserved.on(), strings.Join(slices.Compact(networks), " and "))
 }
 
 // dynamic tells whether any host port will do.
@@ -87,18 +87,7 @@ func (r *request) dynamic() bool { return r.first == 0 && r.last == 0 }
 // fixed tells whether one host port was asked for.
 func (r *request) fixed() bool { return r.first == r.last && r.first != 0 }
 
-// ports returns the range to search. Without a view that is the allocator's own, which upstream tells for
-// tests only: no other way leads to it.
-func (r *request) ports() (first, last int) {
-	if r.dynamic() {
-		f, l := portallocator.GetPortRange()
-		return int(f), int(l)
-	}
-	return r.first, r.last
-}
-
-// checkOverlap returns an error if two host addresses can't have the same port on any host: no search would
-// find one.
+// checkOverlap returns an error if two host addresses can't have the same port on any host.
 func (r *request) checkOverlap() error {
 	for i, a := range r.addrs {
 		for _, b := range r.addrs[:i] {
@@ -126,11 +115,11 @@ func (r *request) childPort(i, port int) childPort {
 func (r *request) on() string {
 	var on []string
 	for _, a := range r.addrs {
+		text := a.host.String()
 		if a.host.Is6() {
-			on = append(on, "["+a.host.String()+"]")
-		} else {
-			on = append(on, a.host.String())
+			text = "[" + text + "]"
 		}
+		on = append(on, text)
 	}
 	return strings.Join(on, ", ")
 }

@@ -9,8 +9,8 @@ import (
 )
 
 // reservations knows who still needs a child port that the allocator has reserved: bindings, some of which
-// share one, and calls to RootlessKit that are not settled. Whoever leaves last ends the reservation. A nil
-// one knows nobody: the reservation ends with whoever leaves first.
+// share one, and calls to RootlessKit that are not settled. Whoever leaves last, or has not joined, ends the
+// reservation.
 type reservations struct {
 	mu    sync.Mutex
 	parts map[childPort]int
@@ -18,11 +18,12 @@ type reservations struct {
 	vain  bool // vain is set once one of late was waited for in vain, until one is settled.
 }
 
+func newReservations() *reservations {
+	return &reservations{parts: map[childPort]int{}, late: map[*unsettled]childPort{}}
+}
+
 // join takes part in the reservation of p, which the caller made or has joined.
 func (r *reservations) join(p childPort) {
-	if r == nil {
-		return
-	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.parts[p]++
@@ -31,10 +32,6 @@ func (r *reservations) join(p childPort) {
 // leave ends one part in the reservation of p: now or, where the call that should have freed it on the host
 // is unsettled, when that is settled.
 func (r *reservations) leave(p childPort, u *unsettled) {
-	if r == nil {
-		r.end(p)
-		return
-	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if u == nil {
@@ -61,12 +58,10 @@ func (r *reservations) settle(u *unsettled) {
 
 // end ends one part. Whoever calls it holds mu, so that wait sees a call as settled with its reservation ended.
 func (r *reservations) end(p childPort) {
-	if r != nil {
-		if r.parts[p]--; r.parts[p] > 0 {
-			return
-		}
-		delete(r.parts, p)
+	if r.parts[p]--; r.parts[p] > 0 {
+		return
 	}
+	delete(r.parts, p)
 	portallocator.Get().ReleasePort(p.at.Addr().AsSlice(), p.proto.String(), int(p.at.Port()))
 }
 
@@ -83,18 +78,20 @@ func (r *reservations) each(f func(childPort)) {
 // RootlessKit stalls comes back. It waits for as long as for an answer, and in vain only once a silence: the
 // daemon's lock is held.
 func (r *reservations) wait(ctx context.Context, req *request) {
-	timeout := time.NewTimer(patience)
-	defer timeout.Stop()
+	var timeout <-chan time.Time
 	for u := r.lateOf(req); u != nil; u = r.lateOf(req) {
+		if timeout == nil {
+			timeout = time.After(patience)
+		}
 		select {
 		case <-u.settled:
 			r.settle(u)
 		case <-ctx.Done():
 			return
-		case <-timeout.C:
+		case <-timeout:
 			r.mu.Lock()
+			defer r.mu.Unlock()
 			_, r.vain = r.late[u]
-			r.mu.Unlock()
 			return
 		}
 	}

@@ -27,10 +27,6 @@ func reserve(t *testing.T, r *reservations, port, n int) (*request, childPort) {
 	return req, req.childPort(0, port)
 }
 
-func noReservations() *reservations {
-	return &reservations{parts: map[childPort]int{}, late: map[*unsettled]childPort{}}
-}
-
 func has(r *reservations, proto types.Protocol, port int) (found bool) {
 	r.each(func(p childPort) { found = found || p.proto == proto && int(p.at.Port()) == port })
 	return found
@@ -46,7 +42,7 @@ func isReserved(p childPort) bool {
 }
 
 func TestReservationEndsWithTheLastToLeave(t *testing.T) {
-	r := noReservations()
+	r := newReservations()
 	_, p := reserve(t, r, 20000, 2)
 	assert.Check(t, has(r, types.UDP, 20000) && !has(r, types.TCP, 20000) && !has(r, types.UDP, 20001))
 	r.leave(p, nil)
@@ -55,15 +51,15 @@ func TestReservationEndsWithTheLastToLeave(t *testing.T) {
 	assert.Check(t, !isReserved(p))
 	assert.Check(t, !has(r, types.UDP, 20000))
 
-	r = nil // As of the zero PortMapper, which doesn't share.
 	_, p = reserve(t, r, 20000, 1)
+	r = newReservations() // As of the zero PortMapper, which remembers nothing.
 	r.leave(p, nil)
 	assert.Check(t, !isReserved(p))
 }
 
 func TestReservationLastsUntilCallsAreSettled(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := noReservations()
+		r := newReservations()
 		req, p := reserve(t, r, 20001, 3)
 		first, second := make(chan struct{}), make(chan struct{})
 		r.leave(p, &unsettled{settled: first})
@@ -84,7 +80,7 @@ func TestReservationLastsUntilCallsAreSettled(t *testing.T) {
 }
 
 func TestReservationOfWhatWillNeverBeKnown(t *testing.T) {
-	r := noReservations()
+	r := newReservations()
 	_, p := reserve(t, r, 20002, 1)
 	r.leave(p, &unsettled{})
 	assert.Check(t, isReserved(p))
@@ -95,7 +91,7 @@ func TestReservationOfWhatWillNeverBeKnown(t *testing.T) {
 // A port is waited for in vain once, until a call is settled.
 func TestWaitInVainOnceASilence(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := noReservations()
+		r := newReservations()
 		wait := func(ctx context.Context, req *request) time.Duration {
 			return took(func() { r.wait(ctx, req) })
 		}

@@ -31,11 +31,9 @@ type source interface {
 	// refused takes note that n ports of the last next can't be had, or all of them if n < 0. port is the one
 	// that the port driver refused, 0 if it was not the driver.
 	refused(n, port int)
-	// seen returns the number of ports that were tried, and why the last one can't be had that was passed
-	// without a try, if any.
-	seen() (tried int, taken error)
-	// ports returns the range that is gone through.
-	ports() (first, last int)
+	// seen returns the range that is gone through, the number of ports that were tried, and why the last one
+	// can't be had that was passed without a try, if any.
+	seen() (first, last, tried int, taken error)
 }
 
 // search goes through the ports of a source, once, until one can be published.
@@ -66,7 +64,9 @@ func (s *search) run(ctx context.Context) (*attempt, *failure) {
 		first, last, ok := s.ports.next()
 		switch err := ctx.Err(); {
 		case err != nil && (s.driver != nil || s.tries > 0):
-			return nil, &failure{how: "then its caller gave up", last: err, tried: s.tries}
+			f := s.failure("then its caller gave up", err)
+			f.last, f.tried = err, s.tries
+			return nil, f
 		case s.tries > 0 && time.Since(start) >= searchTime:
 			return nil, s.failure(fmt.Sprintf("none was had in %s", searchTime), s.last)
 		case !ok && s.req.fixed():
@@ -85,7 +85,9 @@ func (s *search) run(ctx context.Context) (*attempt, *failure) {
 			return a, nil
 		}
 		verdict := s.refused(a, err, first == last)
-		log.G(ctx).WithFields(log.Fields{"attempt": s.tries, "verdict": verdict, "error": err}).Debug("Host port refused")
+		if l := log.G(ctx); l.Logger.IsLevelEnabled(log.DebugLevel) { // Fields are not for nothing.
+			l.WithFields(log.Fields{"attempt": s.tries, "verdict": verdict, "error": err}).Debug("Host port refused")
+		}
 		switch {
 		case ctx.Err() != nil: // For the next round to tell.
 		case verdict == no:
@@ -112,10 +114,7 @@ func (s *search) refused(a *attempt, err error, one bool) verdict {
 	}
 	s.ports.refused(n, port)
 
-	limit := 0
-	if s.view != nil {
-		limit = hostUnprivileged()
-	}
+	limit := s.limit()
 	c := causeOf(err, limit)
 	if r := (*hostRefusal)(nil); s.view != nil && c == unclear && errors.As(err, &r) {
 		onHost(func() {
@@ -137,13 +136,21 @@ func (s *search) refused(a *attempt, err error, one bool) verdict {
 	return c.verdict()
 }
 
+// limit returns the host's first port that takes no privilege, or 0 if it can't be seen.
+func (s *search) limit() int {
+	if s.view == nil {
+		return 0
+	}
+	return hostUnprivileged()
+}
+
 func (s *search) failure(how string, cause error) *failure {
-	tried, taken := s.ports.seen()
+	first, last, tried, taken := s.ports.seen()
 	switch {
 	case cause == nil && taken == nil:
 		cause = errors.New("all of them are reserved (net.ipv4.ip_local_reserved_ports)")
 	case !s.others && taken != nil:
 		cause = taken
 	}
-	return &failure{how: how, last: cause, tried: tried}
+	return &failure{how: how, last: cause, tried: tried, facts: facts{first: first, last: last}}
 }

@@ -13,18 +13,18 @@ import (
 
 const (
 	// patience is how long RootlessKit may take for an answer. The bridge driver calls MapPorts, and mostly
-	// UnmapPorts, with its configNetwork lock held: meanwhile, none of the daemon's containers starts, stops
-	// or joins a network.
+	// UnmapPorts, with its configNetwork lock held: meanwhile, no container starts, stops or joins a network.
 	patience = 10 * time.Second
 	// allowance is what calls may wait for a silent RootlessKit, all together, in each allowancePeriod.
 	allowance       = 100 * time.Millisecond
 	allowancePeriod = time.Second
 	// minWait is what must be left of it for a call that is not needed: less is no wait for an answer.
 	minWait = time.Millisecond
+
+	answerLost = "RootlessKit's answer was lost: it may hold the host port"
 )
 
-// removalRetries is how long to wait each time before another try of a removal that was answered with an
-// error.
+// removalRetries is how long to wait before each new try of a removal that was answered with an error.
 var removalRetries = [...]time.Duration{100 * time.Millisecond, time.Second, 5 * time.Second}
 
 // silence is a driver round another, which is not waited for without bounds. Calls that wait at once share a
@@ -38,6 +38,10 @@ type silence struct {
 	since   time.Time // since is when the first of those began, or the last answer came.
 	silent  bool
 	full    time.Time // full is when the allowance is whole again.
+
+	news    sync.Cond   // news is for those who wait: an answer, or the alarm.
+	alarm   *time.Timer // alarm is one for all of them: most answers come long before.
+	alarmAt time.Time   // alarmAt is zero when it isn't set.
 }
 
 // AddPort returns an *unsettled error if it gave up. That is settled once the answer came and what was
@@ -54,12 +58,7 @@ func (s *silence) AddPort(ctx context.Context, proto string, hostIP, childIP net
 	return nil, err
 }
 
-const (
-	answerLost = "RootlessKit's answer was lost: it may hold the host port"
-	mayHold    = "RootlessKit may hold a host port: it failed to remove it"
-)
-
-// exposed is a port that RootlessKit is to expose on the host.
+// exposed is a port that RootlessKit is to expose on the host, and the call about it that is waited for.
 type exposed struct {
 	*silence
 	ctx     context.Context
@@ -68,7 +67,10 @@ type exposed struct {
 	child   netip.Addr
 	undo    func() error
 	removed atomic.Bool // removed is set when undo is to be called.
-	call    call        // call is the one that is waited for.
+
+	answered bool
+	answer   error
+	settled  chan struct{} // settled is made when the call is given up.
 }
 
 // remove undoes an AddPort. A removal that fails is tried again behind.
@@ -77,57 +79,65 @@ func (e *exposed) remove() error {
 		return errRemoved
 	}
 	err := e.wait()
-	if _, gaveUp := err.(*unsettled); gaveUp {
+	switch _, gaveUp := err.(*unsettled); {
+	case gaveUp:
 		e.warn(err, "RootlessKit did not answer the removal of a host port: it stays reserved until the answer comes")
-	} else if err != nil && isUnknownPort(err) {
+	case err != nil && isUnknownPort(err):
 		return nil
-	} else if err != nil {
+	case err != nil:
 		go e.seeThrough(err)
 		return fmt.Errorf("failed to remove host port %s/%s: %w", e.at, e.proto, err)
 	}
 	return err
 }
 
-// ask is the call that is next.
-func (e *exposed) ask() (err error) {
+// ask makes the call that is next, for wait or, if that has given up, to the end.
+func (e *exposed) ask() {
+	var err error
 	if e.removed.Load() {
-		return e.undo()
+		err = e.undo()
+	} else {
+		e.undo, err = e.PortDriverClient.AddPort(e.ctx, e.proto, e.at.Addr(), e.child, int(e.at.Port()))
 	}
-	e.undo, err = e.PortDriverClient.AddPort(e.ctx, e.proto, e.at.Addr(), e.child, int(e.at.Port()))
-	return err
+	e.mu.Lock()
+	e.since, e.silent = time.Now(), false
+	gaveUp := e.settled != nil
+	if !gaveUp {
+		e.answer, e.answered = err, true
+		e.waiting--
+		e.news.Broadcast()
+	}
+	e.mu.Unlock()
+	if gaveUp {
+		e.seeThrough(err)
+		close(e.settled)
+	}
 }
 
-// seeThrough has nothing left on the host after ask's answer, which nobody waits for any more.
+// seeThrough has nothing left on the host after an answer which nobody waits for any more. It takes seconds
+// if removals fail.
 func (e *exposed) seeThrough(err error) {
 	adding := !e.removed.Load()
 	switch {
-	case adding && err != nil && isLost(err):
+	case adding && err == nil:
+		err = e.undo()
+	case adding && isLost(err):
 		e.warn(err, answerLost)
 		return
-	case adding && err == nil:
-		err = e.retry(e.undo())
 	case adding: // It was refused.
 		err = nil
-	default:
-		err = e.retry(err)
 	}
-	if err != nil {
-		e.warn(err, mayHold)
+	for _, wait := range removalRetries {
+		if err != nil && !isUnknownPort(err) {
+			time.Sleep(wait)
+			err = e.undo()
+		}
+	}
+	if err != nil && !isUnknownPort(err) {
+		e.warn(err, "RootlessKit may hold a host port: it failed to remove it")
 	} else if adding {
 		e.warn(nil, "RootlessKit answered a port request after it was given up: undone")
 	}
-}
-
-// retry tries a removal that failed with err again. It takes seconds.
-func (e *exposed) retry(err error) error {
-	for _, wait := range removalRetries {
-		if err == nil || isUnknownPort(err) {
-			return nil
-		}
-		time.Sleep(wait)
-		err = e.undo()
-	}
-	return err
 }
 
 func (e *exposed) warn(err error, message string) {
@@ -138,91 +148,69 @@ func (e *exposed) warn(err error, message string) {
 // also makes asking cheaper: the caller's is locked in the child namespace. While RootlessKit is silent, only
 // a removal is sent once there is no time to wait for it.
 func (e *exposed) wait() error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
 	start := time.Now()
-	left, ok := e.begin(start, e.removed.Load())
+	until, ok := e.begin(start, e.removed.Load())
 	if !ok {
 		return fmt.Errorf("%w to others: not asked", errNoAnswer)
 	}
-	c := &e.call
-	*c = call{answer: make(chan error)}
-	go func() {
-		err := e.ask()
-		if e.end(c) {
-			c.answer <- err
-			return
+	e.answered = false
+	go e.ask()
+	for !e.answered {
+		now := time.Now()
+		if !now.Before(until) {
+			// An answer to another call gives this one more time.
+			if until = e.since.Add(patience); !now.Before(until) {
+				if !e.silent {
+					e.silent, e.full = true, time.Time{}
+				}
+				e.waiting--
+				e.settled = make(chan struct{})
+				return &unsettled{fmt.Errorf("%w (%s)", errNoAnswer, now.Sub(start).Round(time.Millisecond)), e.settled}
+			}
 		}
-		e.seeThrough(err)
-		close(c.settled)
-	}()
-	for timer := time.NewTimer(left); ; timer.Reset(left) {
-		select {
-		case err := <-c.answer:
-			timer.Stop()
-			return err
-		case <-timer.C:
-		}
-		if left = e.giveUp(c); left == 0 {
-			return &unsettled{fmt.Errorf("%w (%s)", errNoAnswer, time.Since(start).Round(time.Millisecond)), c.settled}
-		}
+		e.rouse(now, until)
+		e.news.Wait()
 	}
+	return e.answer
 }
 
-// call is one call of a driver.
-type call struct {
-	answer   chan error
-	answered bool          // answered is set when the answer is about to be sent.
-	settled  chan struct{} // settled is made when it is given up.
-}
-
-// begin takes note of a call, unless it isn't to be made, and returns how long it may be waited for. What a
+// begin takes note of a call, unless it isn't to be made, and returns until when it may be waited for. What a
 // silence allows is spent with that.
-func (s *silence) begin(now time.Time, needed bool) (wait time.Duration, ok bool) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.silent {
-		wait = allowance - max(s.full.Sub(now), 0)/time.Duration(allowancePeriod/allowance)
-		if wait < minWait && !needed {
-			return 0, false
-		}
-		if wait > 0 {
-			s.full = now.Add(allowancePeriod)
-		}
-	}
-	if s.waiting++; s.waiting == 1 && !s.silent {
-		s.since = now
-	}
+func (s *silence) begin(now time.Time, needed bool) (until time.Time, ok bool) {
 	if !s.silent {
-		wait = s.since.Add(patience).Sub(now)
+		if s.waiting++; s.waiting == 1 {
+			s.since = now
+		}
+		return s.since.Add(patience), true
 	}
-	return wait, true
+	wait := allowance - max(s.full.Sub(now), 0)/time.Duration(allowancePeriod/allowance)
+	if wait < minWait && !needed {
+		return now, false
+	}
+	if wait > 0 {
+		s.full = now.Add(allowancePeriod)
+	}
+	s.waiting++
+	return now.Add(wait), true
 }
 
-// end takes note of an answer, and tells whether it is waited for.
-func (s *silence) end(c *call) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.since, s.silent = time.Now(), false
-	if c.settled != nil {
-		return false
+// rouse wakes those who wait, at the given time at the latest.
+func (s *silence) rouse(now, at time.Time) {
+	if !s.alarmAt.IsZero() && !at.Before(s.alarmAt) {
+		return
 	}
-	c.answered = true
-	s.waiting--
-	return true
-}
-
-// giveUp takes note of the end of a wait, unless an answer came meanwhile, to this call or another one. Then
-// it returns how long to wait on.
-func (s *silence) giveUp(c *call) time.Duration {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	left := time.Until(s.since.Add(patience))
-	if c.answered || left > 0 {
-		return max(left, 1)
+	s.alarmAt = at
+	if s.alarm != nil {
+		s.alarm.Reset(at.Sub(now))
+		return
 	}
-	if !s.silent {
-		s.silent, s.full = true, time.Time{}
-	}
-	c.settled = make(chan struct{})
-	s.waiting--
-	return 0
+	s.news.L = &s.mu
+	s.alarm = time.AfterFunc(at.Sub(now), func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.alarmAt = time.Time{}
+		s.news.Broadcast()
+	})
 }
