@@ -104,11 +104,10 @@ func held(h *Host, a Ask, port int) *Finding {
 	}
 	for _, addr := range h.families(a) {
 		err := h.bind(a.Proto, addr, port)
-		who := ""
-		switch {
-		case errors.Is(err, unix.EADDRINUSE), errors.Is(err, unix.EACCES): // a privileged port may be held, too
-			who = h.holder(a.Proto, addr, port)
+		if !errors.Is(err, unix.EADDRINUSE) && !errors.Is(err, unix.EACCES) {
+			continue
 		}
+		who := h.holder(a.Proto, addr, port) // a privileged port may be held, too
 		switch {
 		case errors.Is(err, unix.EADDRINUSE):
 			if who == "" {

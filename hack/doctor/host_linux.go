@@ -14,6 +14,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// whoMay do what takes a privilege.
+const whoMay = "root"
+
 // span is a range of ports.
 type span struct{ first, last int }
 

@@ -12,6 +12,9 @@ import (
 	"golang.org/x/sys/windows"
 )
 
+// whoMay do what takes a privilege.
+const whoMay = "an administrator"
+
 // Host is what there is to know of this machine.
 type Host struct {
 	excluded map[string][]Excluded // by family and protocol, as netsh names them

@@ -32,7 +32,7 @@ func (r Report) Print(out io.Writer, colour bool) error {
 		return err
 	}
 	if len(root) > 0 {
-		fmt.Fprintln(out, "\nAs root:")
+		fmt.Fprintf(out, "\nAs %s:\n", whoMay)
 		for _, line := range root {
 			fmt.Fprintln(out, "  "+line)
 		}
