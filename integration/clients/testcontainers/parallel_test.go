@@ -27,7 +27,9 @@ func TestParallel(t *testing.T) {
 		t.Run(fmt.Sprint(i), func(t *testing.T) {
 			t.Parallel()
 			c, err := testcontainers.Run(t.Context(), os.Getenv("IMAGE"),
-				testcontainers.WithExposedPorts("80/tcp"), testcontainers.WithWaitStrategy(wait.ForListeningPort("80/tcp").SkipInternalCheck()))
+				testcontainers.WithExposedPorts("80/tcp"),
+				// A port that takes connections says nothing of the container: what forwards takes them before it listens.
+				testcontainers.WithWaitStrategy(wait.ForHTTP("/").WithPort("80/tcp")))
 			testcontainers.CleanupContainer(t, c)
 			if err != nil {
 				t.Fatal(err)
