@@ -188,7 +188,7 @@ func TestFixedPortInUse(t *testing.T) {
 	if os.Getuid() == 0 {
 		who = "another user's process has it"
 	}
-	assert.ErrorContains(t, err, who+"; stop what holds it (sudo ss -ltnp 'sport = :20200' on the host tells)")
+	assert.ErrorContains(t, err, who+"; stop what holds it (sudo ss -ltnp 'sport = :20200')")
 }
 
 func TestDownLeavesNothing(t *testing.T) {

@@ -4,6 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
 
 	"github.com/moby/moby/v2/daemon/libnetwork/types"
 )
@@ -26,7 +30,16 @@ type facts struct {
 	holder      string // Who has the fixed port, or "".
 }
 
-// explain says what could not be published, why, and what can be done about it.
+// told is an error in other words.
+type told struct {
+	text string
+	error
+}
+
+func (t *told) Error() string { return t.text }
+func (t *told) Unwrap() error { return t.error }
+
+// explain says what could not be published, why, and what can be done about it, in one line.
 func explain(f *failure, r *request) error {
 	ports := fmt.Sprintf("host port %d", f.facts.first)
 	switch {
@@ -42,8 +55,16 @@ func explain(f *failure, r *request) error {
 	if who != "" {
 		who = fmt.Sprintf("; %s has it", who)
 	}
-	return fmt.Errorf("cannot publish container port %d/%s on %s of %s: %s%w%s%s",
-		r.container, r.proto, ports, r.on(), how, f.last, who, advice(f.last, r, f.facts))
+	cause, host := f.last.Error(), (*hostRefusal)(nil)
+	if errors.As(f.last, &host) {
+		// Most drivers say themselves which port it is.
+		if at := netip.AddrPortFrom(host.host, uint16(host.port)).String(); r.fixed() && strings.Contains(host.err.Error(), at) {
+			cause = host.err.Error()
+		}
+	}
+	text := fmt.Sprintf("cannot publish container port %d/%s on %s of %s: %s%s%s%s",
+		r.container, r.proto, ports, r.on(), how, cause, who, advice(f.last, r, f.facts))
+	return &told{strings.Join(strings.Fields(text), " "), f.last}
 }
 
 // remedies are what can be done about a cause, where that does not depend on more.
@@ -52,12 +73,12 @@ var remedies = [...]string{
 	notHere:   "; publish on an address that the host has (ip address)",
 	unserved:  "; use another protocol or host address, or another port driver (DOCKERD_ROOTLESS_ROOTLESSKIT_PORT_DRIVER)",
 	noRoom:    "; raise the limits of the daemon (ulimit -n)",
-	unreached: "; see whether RootlessKit is running and its api.sock can be reached, and restart the rootless daemon",
+	unreached: "; see whether RootlessKit is running, and restart the rootless daemon",
 }
 
 // advice is what can be done about err: "", or with a "; " before it.
 func advice(err error, r *request, known facts) string {
-	const publishAnother = "publish another host port, or 0 for any free one"
+	const publishAnother, orAnother = "publish another host port, or 0 for any free one", ", or publish another (0: any)"
 	if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
 		return ""
 	}
@@ -65,22 +86,45 @@ func advice(err error, r *request, known facts) string {
 	if errors.As(err, &host) {
 		port = host.port
 	}
-	limit, c := limitOf(err, known.limit), causeOf(err, known.limit)
+	protocol := "t"
+	if r.proto == types.UDP {
+		protocol = "u"
+	}
+	who := fmt.Sprintf("(sudo ss -l%snp 'sport = :%d')", protocol, port)
+	limit, c, text := limitOf(err, known.limit), causeOf(err, known.limit), err.Error()
 	switch {
+	case strings.Contains(text, "ip_local_reserved_ports"):
+		return "; have the host reserve fewer, or publish a port by its number"
+	case c == inUse && r.dynamic() && known.limit != 0: // The range is the host's.
+		return fmt.Sprintf("; widen the range (sudo sysctl -w net.ipv4.ip_local_port_range='%d 65535')", max(limit, known.first/2))
+	case c == inUse && r.dynamic():
+		return "; publish other ports"
 	case c == inUse && errors.As(err, &child):
 		return "; " + publishAnother
 	case c == inUse:
-		protocol := "t"
-		if r.proto == types.UDP {
-			protocol = "u"
-		}
-		return fmt.Sprintf("; stop what holds it (sudo ss -l%snp 'sport = :%d' on the host tells), or %s", protocol, port, publishAnother)
+		return "; stop what holds it " + who + orAnother
 	case c == ours && host == nil:
 		return "; stop the container that has it, or " + publishAnother
 	case c == ours:
-		return "; stop the container that has it (if none has, RootlessKit was left with it, and the daemon's log says so: restart the rootless daemon), or " + publishAnother
+		return "; stop the container that has it (if none: restart the rootless daemon, whose RootlessKit has it)" + orAnother
+	case c == privileged && strings.Contains(text, "ip_unprivileged_port_start="): // RootlessKit says so.
+		return fmt.Sprintf("; publish a port from %d up, or sudo setcap cap_net_bind_service=ep %s and restart the daemon", limit, rootlessKit())
 	case c == privileged || c == unclear && host != nil && port < limit: // slirp4netns doesn't say.
-		return fmt.Sprintf("; ports below net.ipv4.ip_unprivileged_port_start need a privilege: publish a port from %d up, or lower that limit on the host (sudo sysctl -w net.ipv4.ip_unprivileged_port_start=%d), or give rootlesskit the capability (sudo setcap cap_net_bind_service=ep on its binary)", limit, port)
+		return fmt.Sprintf("; publish a port from %d up, or sudo sysctl -w net.ipv4.ip_unprivileged_port_start=%d", limit, port)
+	case c == unclear && strings.Contains(text, "permission denied"):
+		return "; it takes no privilege: a policy denies it (SELinux, AppArmor: sudo journalctl -k)"
+	case c == unclear && r.fixed() && host != nil:
+		return "; see who has it " + who + orAnother
+	case c == unclear && host != nil:
+		return "; publish others, or use the port driver builtin"
 	}
 	return remedies[c]
+}
+
+// rootlessKit is the program that binds on the host: this process's parent, where it is one.
+func rootlessKit() string {
+	if file, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", os.Getppid())); err == nil && strings.HasPrefix(filepath.Base(file), "rootlesskit") {
+		return file
+	}
+	return "$(which rootlesskit)"
 }
