@@ -1,6 +1,7 @@
 package main
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 
@@ -24,6 +25,18 @@ func lookFlags(cmd *cobra.Command) func() (*doctor.Host, error) {
 		defer c.Close()
 		return doctor.Look(doctor.AskDaemon(cmd.Context(), c, rootlessKit), *rootful)
 	}
+}
+
+// withReasons returns err, and before that says what this machine lacks, which may be why.
+func withReasons(cmd *cobra.Command, err error) error {
+	if err == nil || cmd.Context().Err() != nil {
+		return err
+	}
+	if r, failed := doctor.Preconditions(); failed == nil && len(r.Findings) > 0 {
+		fmt.Fprintln(cmd.ErrOrStderr(), "`berth doctor` says of this machine:")
+		_ = r.Print(cmd.ErrOrStderr(), false)
+	}
+	return err
 }
 
 // daemonOf is the system's daemon, the stack's where there is one, or the user's own.

@@ -3,6 +3,7 @@ package doctor
 import (
 	"errors"
 	"fmt"
+	"net/netip"
 	"slices"
 	"strings"
 
@@ -26,7 +27,8 @@ var Checks = []Check{
 	{Name: "dynamic", Looks: "whether any program may get the port by chance", ask: dynamic},
 	twice,
 	{Name: "privileged", Looks: "whether the port takes a privilege, and RootlessKit has it", port: privileged},
-	{Name: "held", Looks: "whether somebody has the port, and who", port: held},
+	{Name: "held", Looks: "whether somebody has the port, and who", port: heldBy(0)},
+	{Name: "families", Looks: "whether the port is free for IPv6, too, where both are asked for", port: heldBy(1)},
 }
 
 func hasAddress(h *Host, a Ask) *Finding {
@@ -86,6 +88,12 @@ func privileged(h *Host, a Ask, port int) *Finding {
 		Do:   fmt.Sprintf("publish a port from %d up, or let everyone bind this one", h.unprivileged),
 		Root: []string{fmt.Sprintf("sysctl -w net.ipv4.ip_unprivileged_port_start=%d", port)},
 	}
+	for _, addr := range h.families(a) {
+		if who := h.holder(a.Proto, addr, port); who != "" {
+			f.Says += fmt.Sprintf("; and %s has it on %v", who, addr) // the privilege alone will not do
+			break
+		}
+	}
 	if d := h.daemon; d != nil {
 		if d.privileged {
 			return nil
@@ -98,27 +106,38 @@ func privileged(h *Host, a Ask, port int) *Finding {
 	return f
 }
 
-func held(h *Host, a Ask, port int) *Finding {
-	if a.Proto == "sctp" {
-		return nil // a kernel may lack it, and only a rootful daemon serves it
+// heldBy looks at the addresses that a request is bound on, from one of them on: the one that is asked for, or the first of both
+// families. The other family has a name of its own.
+func heldBy(family int) func(*Host, Ask, int) *Finding {
+	return func(h *Host, a Ask, port int) *Finding {
+		addrs := h.families(a)
+		if a.Proto == "sctp" || family >= len(addrs) {
+			return nil // a kernel may lack sctp, and only a rootful daemon serves it
+		}
+		f := held(h, a.Proto, addrs[family], port)
+		if f != nil && family > 0 && !h.dualStack() {
+			f.Do = "publish on IPv4 alone (`-p 0.0.0.0:...`), or another port"
+		}
+		return f
 	}
-	for _, addr := range h.families(a) {
-		err := h.bind(a.Proto, addr, port)
-		if !errors.Is(err, unix.EADDRINUSE) && !errors.Is(err, unix.EACCES) {
-			continue
+}
+
+func held(h *Host, proto string, addr netip.Addr, port int) *Finding {
+	err := h.bind(proto, addr, port)
+	if !errors.Is(err, unix.EADDRINUSE) && !errors.Is(err, unix.EACCES) {
+		return nil
+	}
+	who := h.holder(proto, addr, port) // a privileged port may be held, too
+	switch {
+	case errors.Is(err, unix.EADDRINUSE):
+		if who == "" {
+			who = "somebody who cannot be seen"
 		}
-		who := h.holder(a.Proto, addr, port) // a privileged port may be held, too
-		switch {
-		case errors.Is(err, unix.EADDRINUSE):
-			if who == "" {
-				who = "somebody who cannot be seen"
-			}
-			return &Finding{Says: fmt.Sprintf("is taken on %v: %s has it", addr, who), Do: "publish another port, or `-p 0:...` for any; or stop whoever has it"}
-		case errors.Is(err, unix.EACCES) && who != "":
-			return &Finding{Says: fmt.Sprintf("is taken: %s has it", who), Do: "publish another port"}
-		case errors.Is(err, unix.EACCES) && port >= h.unprivileged:
-			return &Finding{Says: "may not be bound, though it takes no privilege: a policy (SELinux, AppArmor) denies it"}
-		}
+		return &Finding{Says: fmt.Sprintf("is taken on %v: %s has it", addr, who), Do: "publish another port, or `-p 0:...` for any; or stop whoever has it"}
+	case who != "":
+		return &Finding{Says: fmt.Sprintf("is taken: %s has it", who), Do: "publish another port"}
+	case port >= h.unprivileged:
+		return &Finding{Says: "may not be bound, though it takes no privilege: a policy (SELinux, AppArmor) denies it"}
 	}
 	return nil
 }

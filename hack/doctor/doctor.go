@@ -148,6 +148,9 @@ func search(h *Host, checks []Check, a Ask) Finding {
 		last = Finding{Check: "port", About: a.String(), Mark: Fail, Says: "there is no dynamic port: all are reserved"}
 	} else if len(ports) > 1 {
 		last.Says = fmt.Sprintf("none of %d ports is free; the last one %s", len(ports), last.Says)
+		if a.First == 0 {
+			last.Do, last.Root = "`berth doctor` without a port says how full the range is, and what to do", nil
+		}
 	}
 	return last
 }

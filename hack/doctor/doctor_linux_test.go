@@ -71,6 +71,17 @@ func TestWhatIsSaidOfAPort(t *testing.T) {
 		{ask: "80", host: kit(func(d *Daemon) { d.privileged = true }), check: "port", mark: OK},
 		{ask: "80", host: func(h *Host) { h.unprivileged = 80 }, check: "port", mark: OK},
 		{ask: "80", host: func(h *Host) { h.rootful = true }, check: "port", mark: OK},
+		{ask: "81", taken: []int{81}, host: func(h *Host) {
+			h.sockets = func() []socket { return []socket{{"tcp", netip.IPv4Unspecified(), 81, true, 0, 1}} }
+		}, check: "privileged", mark: Fail, says: "below 1024; and a process of user root has it", root: "sysctl -w net.ipv4.ip_unprivileged_port_start=81"},
+		{ask: "8081", host: func(h *Host) {
+			h.ipv6, h.bind = true, func(_ string, addr netip.Addr, _ int) error {
+				if addr.Is6() {
+					return unix.EADDRINUSE
+				}
+				return nil
+			}
+		}, check: "families", mark: Fail, says: "is taken on ::"},
 		{ask: "40000", check: "dynamic", mark: Note, says: "32768-60999", root: "sysctl -w net.ipv4.ip_local_reserved_ports=40000"},
 		{ask: "40000", host: func(h *Host) { h.reserved = []span{{1, 1}} }, check: "dynamic", mark: Note, root: "sysctl -w net.ipv4.ip_local_reserved_ports=1,40000"},
 		{ask: "40000", host: func(h *Host) { h.reserved = []span{{39999, 40001}} }, check: "reserved", mark: Note},
@@ -133,6 +144,57 @@ func TestMachine(t *testing.T) {
 	assert.Check(t, is.DeepEqual(tun(h)[0].Root, []string{"modprobe tun"}))
 	h.machine.uid = 0 // root's Docker needs none of it
 	assert.Check(t, is.Len(tun(h), 0))
+}
+
+func TestHowFullTheRangeIs(t *testing.T) {
+	h := host()
+	h.dynamic, h.reserved = span{40000, 40009}, []span{{40000, 40003}}
+	hold := func(n int) Finding {
+		h.sockets = func() (list []socket) {
+			for port := 40009; port > 40009-n; port-- {
+				list = append(list, socket{"tcp", netip.IPv4Unspecified(), port, true, uint32(4000000000 + port%2), 1})
+			}
+			return list
+		}
+		return room(h)[0]
+	}
+	assert.Check(t, is.DeepEqual(hold(0), Finding{Mark: OK, Says: "tcp: of 40000-40009, 0 are held, 4 reserved, 6 free"}))
+	assert.Check(t, is.DeepEqual(hold(3), Finding{Mark: OK, Says: "tcp: of 40000-40009, 3 are held, 4 reserved, 3 free; most by 4000000001 2, 4000000000 1"}))
+	f := hold(6)
+	assert.Check(t, is.Equal(f.Mark, Fail))
+	assert.Check(t, is.Contains(f.Root[0], "ip_local_port_range"))
+}
+
+func TestCgroupsPolicyAndRuntimeDir(t *testing.T) {
+	h := host()
+	h.machine.controls = "cpu memory pids"
+	assert.Check(t, is.Equal(cgroups(h)[0].Mark, OK))
+	h.machine.controls = "memory pids"
+	assert.Check(t, is.Contains(cgroups(h)[0].Says, "not delegated: cpu;"))
+	assert.Check(t, is.Len(cgroups(h)[0].Root, 3))
+	h.machine.cgroupsErr = os.ErrNotExist
+	assert.Check(t, is.Equal(cgroups(h)[0].Mark, Note))
+
+	assert.Check(t, is.Equal(policy(h)[0].Mark, OK))
+	h.machine.policies = []string{"SELinux", "AppArmor"}
+	assert.Check(t, is.Contains(policy(h)[0].Says, "SELinux and AppArmor is on: that was checked"))
+
+	for dir, want := range map[string]Mark{"": Fail, "/nowhere": Fail, "/proc/self/status": Fail, t.TempDir(): OK} {
+		h.machine.runtimeDir = dir
+		assert.Check(t, is.Equal(runtimeDir(h)[0].Mark, want), dir)
+	}
+}
+
+// The range that is proposed is nobody's, in either file.
+func TestSubIDsToPropose(t *testing.T) {
+	dir := t.TempDir()
+	uids, gids := filepath.Join(dir, "subuid"), filepath.Join(dir, "subgid")
+	assert.Check(t, is.Equal(nextID(uids, gids), int64(100000)))
+	assert.NilError(t, os.WriteFile(uids, []byte("a:524288:65536\nb:100000:65536\n"), 0o600))
+	assert.NilError(t, os.WriteFile(gids, []byte("a:600000:10\n"), 0o600))
+	h := host()
+	h.machine.nextID = nextID(uids, gids)
+	assert.Check(t, is.DeepEqual(subids(h)[0].Root, []string{"usermod --add-subuids 600010-665545 --add-subgids 600010-665545 u"}))
 }
 
 func TestIgnoredAndUnknownChecks(t *testing.T) {

@@ -126,15 +126,18 @@ func (h *Host) shrugs() int {
 
 // families are the addresses that a request is bound on.
 func (h *Host) families(a Ask) []netip.Addr {
-	if a.Addr.IsValid() {
+	if a.Addr.IsValid() && (!h.dualStack() || a.Addr != netip.IPv4Unspecified()) {
 		return []netip.Addr{a.Addr}
 	}
 	both := []netip.Addr{netip.IPv4Unspecified()}
-	if h.ipv6 && (h.daemon == nil || h.daemon.serves(a.Proto+"6")) {
+	if h.ipv6 && (h.daemon == nil || h.daemon.serves(a.Proto+"6") || h.dualStack()) {
 		both = append(both, netip.IPv6Unspecified())
 	}
 	return both
 }
+
+// dualStack tells whether the port driver's 0.0.0.0 is [::], too.
+func (h *Host) dualStack() bool { return h.daemon != nil && h.daemon.driver == "gvisor-tap-vsock" }
 
 // tryBind binds the port, as RootlessKit's Go does, and lets go of it at once: it does not listen, so no connection is taken.
 func tryBind(proto string, addr netip.Addr, port int) error {

@@ -1,8 +1,10 @@
 package doctor
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"os/exec"
 	"os/user"
@@ -20,6 +22,7 @@ type machine struct {
 	distro     string // ID and ID_LIKE of os-release(5)
 	programs   map[string]bool
 	uids, gids int64
+	nextID     int64 // behind all ranges of /etc/subuid and /etc/subgid
 	tun        error
 	maxUserns  int // -1: there is no such limit
 	restricted bool
@@ -47,6 +50,7 @@ func lookAtMachine() machine {
 		m.programs[name] = err == nil
 	}
 	m.uids, m.gids = m.countIDs("/etc/subuid"), m.countIDs("/etc/subgid", "-g")
+	m.nextID = nextID("/etc/subuid", "/etc/subgid")
 	f, err := os.OpenFile("/dev/net/tun", os.O_RDWR, 0)
 	if m.tun = err; err == nil {
 		f.Close()
@@ -85,6 +89,18 @@ func (m machine) countIDs(file string, flags ...string) (n int64) {
 	return n
 }
 
+// nextID is the first one that nobody has, of those that useradd gives (login.defs(5), SUB_UID_MIN).
+func nextID(files ...string) int64 {
+	next := int64(100000)
+	for _, file := range files {
+		list, _ := msuser.ParseSubIDFile(file)
+		for _, s := range list {
+			next = max(next, s.SubID+s.Count)
+		}
+	}
+	return next
+}
+
 // packages installs what has newuidmap.
 func (m machine) packages() string {
 	has := func(id string) bool { return slices.Contains(strings.Fields(m.distro), id) }
@@ -97,6 +113,21 @@ func (m machine) packages() string {
 		return "apt-get install -y uidmap"
 	}
 	return "install the package that has newuidmap"
+}
+
+// Preconditions has what is not in order of what a rootless Docker needs of this machine. It is for when something has failed.
+func Preconditions() (r Report, _ error) {
+	h, err := Look(nil, false)
+	if err != nil {
+		return r, err
+	}
+	checks, err := Find([]string{"daemon", "cgroups", "room", "policy"}) // those keep nothing from starting
+	if err != nil {
+		return r, err
+	}
+	r = Examine(h, checks, nil)
+	r.Findings = slices.DeleteFunc(r.Findings, func(f Finding) bool { return f.Mark == OK })
+	return r, nil
 }
 
 // rootless tells whether it is a user's own Docker that is looked at.
@@ -137,7 +168,7 @@ func subids(h *Host) []Finding {
 	return []Finding{{
 		Mark: Fail, Says: fmt.Sprintf("user %s has %d subordinate uids and %d gids, of %d", m.user, m.uids, m.gids, wantIDs),
 		Do:   "get a range that nobody else has (/etc/subuid, /etc/subgid)",
-		Root: []string{"usermod --add-subuids 524288-589823 --add-subgids 524288-589823 " + m.user},
+		Root: []string{fmt.Sprintf("usermod --add-subuids %[1]d-%[2]d --add-subgids %[1]d-%[2]d %[3]s", m.nextID, m.nextID+wantIDs-1, m.user)},
 	}}
 }
 
@@ -218,14 +249,9 @@ func room(h *Host) (list []Finding) {
 			}
 		}
 		f := Finding{Mark: OK, Says: fmt.Sprintf("%s: of %v, %d are held, %d reserved, %d free", proto, h.dynamic, len(taken), h.dynamic.last-h.dynamic.first+1-all, all-len(taken))}
-		most, n := uint32(0), 0
-		for uid, count := range users {
-			if count > n || count == n && uid < most {
-				most, n = uid, count
-			}
-		}
-		if n > 0 {
-			f.Says += fmt.Sprintf("; user %d has most, %d", most, n)
+		byCount := slices.SortedFunc(maps.Keys(users), func(a, b uint32) int { return cmp.Or(users[b]-users[a], int(a)-int(b)) })
+		for i, uid := range byCount[:min(len(byCount), 3)] {
+			f.Says += fmt.Sprintf("%s %s %d", []string{"; most by", ",", ","}[i], userName(uid), users[uid])
 		}
 		if all-len(taken) == 0 {
 			f.Mark, f.Do = Fail, "widen the range"
@@ -242,5 +268,5 @@ func policy(h *Host) []Finding {
 	if h.machine.policies == nil {
 		return []Finding{{Mark: OK, Says: "neither SELinux nor AppArmor is seen to be on"}}
 	}
-	return []Finding{{Mark: Note, Says: strings.Join(h.machine.policies, " and ") + " is on: whether it is, was checked, not what its rules deny"}}
+	return []Finding{{Mark: Note, Says: strings.Join(h.machine.policies, " and ") + " is on: that was checked, and not what the rules deny"}}
 }

@@ -54,14 +54,19 @@ func (h *Host) holder(proto string, addr netip.Addr, port int) string {
 	if found == nil {
 		return ""
 	}
-	who := "user " + strconv.Itoa(int(found.uid))
-	if u, err := user.LookupId(strconv.Itoa(int(found.uid))); err == nil {
-		who = "user " + u.Username
-	}
+	who := "user " + userName(found.uid)
 	if p := h.processes()[found.inode]; p != "" {
 		return p + " of " + who
 	}
 	return "a process of " + who
+}
+
+func userName(uid uint32) string {
+	id := strconv.Itoa(int(uid))
+	if u, err := user.LookupId(id); err == nil {
+		return u.Username
+	}
+	return id
 }
 
 // listProcesses has which process has a socket open, by its inode, of those that this user may see.

@@ -4,6 +4,7 @@ package e2e
 
 import (
 	"regexp"
+	"slices"
 	"testing"
 
 	"gotest.tools/v3/assert"
@@ -14,20 +15,28 @@ import (
 	"berth/integration/stacktest"
 )
 
-// What doctor says of each case of the matrix is what `docker run` then comes to.
+// What doctor says of each case of TestPortDriverMatrix, with each of its kits, and of some more, is what `docker run` then comes to.
 func TestDoctorsWordHolds(t *testing.T) {
 	needsNamespace(t)
 	for _, k := range []kit{
 		{"builtin", "gvisor-tap-vsock", true},
 		{"builtin", "gvisor-tap-vsock", false},
 		{"gvisor-tap-vsock", "gvisor-tap-vsock", true},
+		{"gvisor-tap-vsock", "gvisor-tap-vsock", false},
 		{"slirp4netns", "slirp4netns", true},
 		{"slirp4netns", "slirp4netns", false},
 	} {
 		t.Run(k.String(), func(t *testing.T) {
 			d := stacktest.Start(t, "dockerd", stack.Options{Net: k.Network, PortDriver: k.Driver, NoDetachNetns: !k.Detach})
 			whole := t
-			for _, c := range append(matrixCases, matrixCase{name: "privileged", publish: "81:80"}, matrixCase{name: "held by a container", publish: "21000:80"}) {
+			more := []matrixCase{
+				{name: "privileged", publish: "81:80"},
+				{name: "held by a container", publish: "21000:80"},
+				{name: "address not on the host", publish: "192.0.2.9:21400:80"},
+				{name: "SCTP", publish: "21500:80/sctp"},
+				{name: "taken on IPv6 alone", publish: "21600:80", hold: heldFrom("tcp6", 21600, 1)},
+			}
+			for _, c := range append(slices.Clone(matrixCases), more...) {
 				t.Run(c.name, func(t *testing.T) {
 					if c.hold != nil {
 						c.prepare(t, d, k, map[int]bool{})

@@ -181,7 +181,7 @@ func TestFixedPortInUse(t *testing.T) {
 	d := stacktest.Start(t, "dockerd", stack.Options{})
 	stacktest.Hold(t, hostload.Load{Network: "tcp4", Ports: []int{20200}})
 	_, err := d.Run(t, "20200:80")
-	assert.ErrorContains(t, err, "host port 0.0.0.0:20200/tcp")
+	assert.ErrorContains(t, err, "listen tcp4 0.0.0.0:20200")
 	assert.ErrorContains(t, err, "address already in use")
 	// The kernel hides whose it is, and /proc which one, from a user namespace.
 	who := "another process of this user has it"

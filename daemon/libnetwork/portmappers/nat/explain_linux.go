@@ -123,7 +123,7 @@ func advice(err error, r *request, known facts) string {
 
 // rootlessKit is the program that binds on the host: this process's parent, where it is one.
 func rootlessKit() string {
-	if file, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", os.Getppid())); err == nil && strings.HasPrefix(filepath.Base(file), "rootlesskit") {
+	if file, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", os.Getppid())); err == nil && strings.Contains(filepath.Base(file), "rootlesskit") {
 		return file
 	}
 	return "$(which rootlesskit)"
