@@ -362,6 +362,18 @@ func TestDoctor(t *testing.T) {
 	u.fails(t, "berth doctor --ignore nosuch", 2, `no check "nosuch"`)
 }
 
+// Without a stack of `berth up`, the Docker that is looked at is the user's own, in XDG_RUNTIME_DIR.
+func TestDoctorOfAUsersOwnDocker(t *testing.T) {
+	u := newUser(t)
+	u.purgeAfter(t, "own")
+	u.ok(t, "berth up --name own", "dockerd is up")
+	dir := filepath.Join(at(t, "own").Dir, "run")
+	u.ok(t, "XDG_RUNTIME_DIR='"+dir+"' berth doctor --ignore tun", ", patched")
+	r := u.sh(t, "XDG_RUNTIME_DIR='"+dir+"' berth doctor 80 9000/sctp")
+	assert.Equal(t, r.status, 1)
+	assert.Assert(t, is.Contains(r.stdout, "setcap cap_net_bind_service=ep /"), "RootlessKit is seen: %s", r.stdout)
+}
+
 // another checkout of the same user leaves this one's stack alone, and says whose it is.
 func another(t *testing.T, u *user) {
 	t.Helper()

@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"runtime"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -257,4 +258,28 @@ func TestRootfulRangeComesOutAtItsLastPort(t *testing.T) {
 	}
 	defer hold(t, ports)()
 	start(t, "dockerd", func(d daemon) { assert.NilError(t, d.run(t, "20600-20640")) })
+}
+
+// What `berth doctor --rootful` says is what the daemon then does. The system's socket is in a /run of the command's own.
+func TestDoctorOfARootfulDaemon(t *testing.T) {
+	needsRoot(t)
+	root, err := checkout.Root()
+	assert.NilError(t, err)
+	defer hold(t, []int{20700})()
+	start(t, "dockerd", func(d daemon) {
+		socket := strings.TrimPrefix(d.API.DaemonHost(), "unix://")
+		says := func(args ...string) (string, error) {
+			script := `mount -t tmpfs tmpfs /run && ln -s "$1" /run/docker.sock && shift && exec "$@"`
+			out, err := exec.Command("unshare", slices.Concat([]string{"-m", "sh", "-c", script, "sh", socket, checkout.Bin(root, "berth"), "doctor", "--rootful"}, args)...).CombinedOutput()
+			return string(out), err
+		}
+		for _, port := range []string{"80", "20700", "20701"} {
+			out, failed := says(port)
+			assert.Equal(t, failed != nil, d.run(t, port) != nil, "%s", out)
+			t.Logf("%s", out)
+		}
+		out, err := says()
+		assert.NilError(t, err, out)
+		assert.Assert(t, strings.Contains(out, ", patched") && !strings.Contains(out, "newuidmap"), out)
+	})
 }
