@@ -28,11 +28,11 @@ func lookFlags(cmd *cobra.Command) func() (*doctor.Host, error) {
 }
 
 // withReasons returns err, and before that says what this machine lacks, which may be why.
-func withReasons(cmd *cobra.Command, err error) error {
+func withReasons(cmd *cobra.Command, err error, ignore ...string) error {
 	if err == nil || cmd.Context().Err() != nil {
 		return err
 	}
-	if r, failed := doctor.Preconditions(); failed == nil && len(r.Findings) > 0 {
+	if r, failed := doctor.Preconditions(ignore...); failed == nil && len(r.Findings) > 0 {
 		fmt.Fprintln(cmd.ErrOrStderr(), "`berth doctor` says of this machine:")
 		_ = r.Print(cmd.ErrOrStderr(), false)
 	}

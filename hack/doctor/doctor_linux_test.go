@@ -197,6 +197,21 @@ func TestSubIDsToPropose(t *testing.T) {
 	assert.Check(t, is.DeepEqual(subids(h)[0].Root, []string{"usermod --add-subuids 600010-665545 --add-subgids 600010-665545 u"}))
 }
 
+// What root pastes serves all that was asked for, in the order in which it has to be done.
+func TestBlockForRoot(t *testing.T) {
+	r := examine(t, host(), "443", "80", "40000", "40001", "40000/udp")
+	assert.Check(t, is.DeepEqual(r.block(), []string{
+		"sysctl -w net.ipv4.ip_unprivileged_port_start=80",
+		"sysctl -w net.ipv4.ip_local_reserved_ports=40000,40001",
+	}))
+	list := ParseExcluded(english)
+	r = Report{Findings: []Finding{*excluded(list, "ipv4", "tcp", 1433), *excluded(list, "ipv4", "tcp", 51600)}}
+	assert.Check(t, is.DeepEqual(r.block(), []string{
+		"net stop winnat", "netsh int ipv4 add excludedportrange protocol=tcp startport=1433 numberofports=1", "net start winnat",
+		"net stop winnat", "netsh int ipv4 add excludedportrange protocol=tcp startport=51600 numberofports=1", "net start winnat",
+	}))
+}
+
 func TestIgnoredAndUnknownChecks(t *testing.T) {
 	checks, err := Find([]string{"privileged"})
 	assert.NilError(t, err)

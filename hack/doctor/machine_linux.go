@@ -116,12 +116,12 @@ func (m machine) packages() string {
 }
 
 // Preconditions has what is not in order of what a rootless Docker needs of this machine. It is for when something has failed.
-func Preconditions() (r Report, _ error) {
+func Preconditions(ignore ...string) (r Report, _ error) {
 	h, err := Look(nil, false)
 	if err != nil {
 		return r, err
 	}
-	checks, err := Find([]string{"daemon", "cgroups", "room", "policy"}) // those keep nothing from starting
+	checks, err := Find(append(ignore, "daemon", "cgroups", "room", "policy")) // those keep nothing from starting
 	if err != nil {
 		return r, err
 	}
