@@ -83,3 +83,28 @@ func spoken(r doctor.Report) string {
 	_ = r.Print(&out, false)
 	return regexp.MustCompile(` +`).ReplaceAllString(out.String(), " ")
 }
+
+// A remedy that doctor proposes helps: doctor says so, and the daemon, which need not be restarted, does it.
+func TestDoctorsRemedies(t *testing.T) {
+	needsNamespace(t)
+	d := stacktest.Start(t, "dockerd", stack.Options{})
+	for _, tt := range []struct{ publish, setting, value, before, after string }{
+		{"80:80", "ip_unprivileged_port_start", "80", "fail privileged 80/tcp", "ok port 80/tcp can be published"},
+		{"40000:80", "ip_local_reserved_ports", "40000", "note dynamic 40000/tcp", "note reserved 40000/tcp"},
+	} {
+		before := spoken(examine(t, d, tt.publish))
+		assertSays(t, "before", tt.before, before)
+		if tt.setting == "ip_local_reserved_ports" { // the other one is proposed where RootlessKit can't be given the capability
+			assertSays(t, "before", "sysctl -w net.ipv4."+tt.setting+"="+tt.value, before)
+		} else {
+			_, err := d.Run(t, tt.publish)
+			assert.ErrorContains(t, err, "permission denied")
+		}
+		setSysctl(t, "/proc/sys/net/ipv4/"+tt.setting, tt.value)
+		after := spoken(examine(t, d, tt.publish))
+		assertSays(t, "after", tt.after, after)
+		t.Logf("before:\n%safter:\n%s", before, after)
+		_, err := d.Run(t, tt.publish)
+		assert.NilError(t, err)
+	}
+}
