@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"os/exec"
 	"os/user"
 	"path/filepath"
 	"slices"
@@ -189,6 +190,11 @@ func TestFixedPortInUse(t *testing.T) {
 		who = "another user's process has it"
 	}
 	assert.ErrorContains(t, err, who+"; stop what holds it (sudo ss -ltnp 'sport = :20200')")
+	if os.Getuid() == 0 {
+		out, err := exec.Command("ss", "-ltnp", "sport = :20200").Output()
+		assert.NilError(t, err)
+		assert.Assert(t, strings.Contains(string(out), "users:(("), "the advice names nobody: %s", out)
+	}
 }
 
 func TestDownLeavesNothing(t *testing.T) {
