@@ -140,7 +140,8 @@ func TestRemovalThatIsNeverAnswered(t *testing.T) {
 // losing loses the answers of a fake driver's calls, once they are carried out.
 type losing struct {
 	*fakeDriver
-	answers, removals int // How many it is to lose.
+	answers  int          // How many it is to lose.
+	removals atomic.Int32 // The same; they are tried again behind, beside others.
 }
 
 func (l *losing) AddPort(ctx context.Context, proto string, hostIP, childIP netip.Addr, port int) (func() error, error) {
@@ -154,8 +155,7 @@ func (l *losing) AddPort(ctx context.Context, proto string, hostIP, childIP neti
 	}
 	return func() error {
 		err := remove()
-		if l.removals > 0 {
-			l.removals--
+		if l.removals.Add(-1) >= 0 {
 			return errLost
 		}
 		return err
@@ -196,7 +196,8 @@ func TestRemovalsThatAreAnsweredWithErrors(t *testing.T) {
 				pm := NewPortMapper(Config{RlkClient: l})
 				pbs := mapped(t, pm, ask(types.UDP, 18110, 18110, "0.0.0.0", "::"))
 				if l.failRemovals = 2; lost {
-					l.failRemovals, l.removals = 0, 2
+					l.failRemovals = 0
+					l.removals.Store(2)
 				}
 				err := pm.UnmapPorts(ctx, pbs)
 				assert.Check(t, is.ErrorContains(err, "failed to remove host port 0.0.0.0:18110/udp"))
