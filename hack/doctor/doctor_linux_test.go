@@ -167,12 +167,12 @@ func TestHowFullTheRangeIs(t *testing.T) {
 
 func TestCgroupsPolicyAndRuntimeDir(t *testing.T) {
 	h := host()
-	h.machine.controls = "cpu memory pids"
+	h.machine.controls, h.machine.uncontrols = []string{"cpu", "memory", "pids"}, nil
 	assert.Check(t, is.Equal(cgroups(h)[0].Mark, OK))
-	h.machine.controls = "memory pids"
+	h.machine.controls, h.machine.uncontrols = []string{"memory", "pids"}, []string{"cpu"}
 	assert.Check(t, is.Contains(cgroups(h)[0].Says, "not delegated: cpu;"))
 	assert.Check(t, is.Len(cgroups(h)[0].Root, 3))
-	h.machine.cgroupsErr = os.ErrNotExist
+	h.machine.controls, h.machine.uncontrols = nil, []string{"cpu", "memory", "pids"}
 	assert.Check(t, is.Equal(cgroups(h)[0].Mark, Note))
 
 	assert.Check(t, is.Equal(policy(h)[0].Mark, OK))

@@ -13,6 +13,8 @@ import (
 	"strings"
 
 	msuser "github.com/moby/sys/user"
+
+	"berth/hack/stack"
 )
 
 // machine is what rootless Docker needs of a machine, for one user.
@@ -26,8 +28,8 @@ type machine struct {
 	tun        error
 	maxUserns  int // -1: there is no such limit
 	restricted bool
-	controls   string
-	cgroupsErr error
+	controls   []string // cgroup controllers that the user has
+	uncontrols []string // and those that limits of containers need besides
 	runtimeDir string
 	policies   []string
 }
@@ -60,8 +62,7 @@ func lookAtMachine() machine {
 	}
 	n, err := number("/proc/sys/kernel/apparmor_restrict_unprivileged_userns")
 	m.restricted = err == nil && n == 1
-	data, err := os.ReadFile(fmt.Sprintf("/sys/fs/cgroup/user.slice/user-%d.slice/user@%d.service/cgroup.controllers", m.uid, m.uid))
-	m.controls, m.cgroupsErr = strings.TrimSpace(string(data)), err
+	m.controls, m.uncontrols = stack.Delegated("/", m.uid)
 	if data, err := os.ReadFile("/sys/fs/selinux/enforce"); err == nil && strings.TrimSpace(string(data)) == "1" {
 		m.policies = append(m.policies, "SELinux")
 	}
@@ -204,20 +205,13 @@ func cgroups(h *Host) []Finding {
 	switch m := h.machine; {
 	case !h.rootless():
 		return nil
-	case m.cgroupsErr != nil:
+	case m.controls == nil:
 		return []Finding{{Mark: Note, Says: "systemd has no cgroup for this user: limits of containers (--memory) have no effect"}}
+	case m.uncontrols == nil:
+		return []Finding{{Mark: OK, Says: "delegated: " + strings.Join(m.controls, " ")}}
 	default:
-		var missing []string
-		for _, name := range []string{"cpu", "memory", "pids"} {
-			if !slices.Contains(strings.Fields(m.controls), name) {
-				missing = append(missing, name)
-			}
-		}
-		if missing == nil {
-			return []Finding{{Mark: OK, Says: "delegated: " + m.controls}}
-		}
 		return []Finding{{
-			Mark: Note, Says: "not delegated: " + strings.Join(missing, ", ") + "; limits of containers that need them have no effect", Do: "have systemd delegate them",
+			Mark: Note, Says: "not delegated: " + strings.Join(m.uncontrols, ", ") + "; limits of containers that need them have no effect", Do: "have systemd delegate them",
 			Root: []string{
 				"mkdir -p /etc/systemd/system/user@.service.d",
 				`printf '[Service]\nDelegate=cpu cpuset io memory pids\n' >/etc/systemd/system/user@.service.d/delegate.conf`,

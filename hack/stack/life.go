@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -211,12 +212,29 @@ func (s *Stack) cgroups(root string) (bus, note string) {
 	if _, err := os.Stat(bus); err != nil {
 		return "", fmt.Sprintf(useless, fmt.Sprintf("no systemd runs for user %s (loginctl enable-linger %[1]s starts one)", s.User()))
 	}
-	file := filepath.Join(fs, fmt.Sprintf("user.slice/user-%d.slice/user@%[1]d.service/cgroup.controllers", s.UID()))
-	controllers, err := os.ReadFile(file)
-	if err != nil || strings.TrimSpace(string(controllers)) == "" {
+	have, missing := Delegated(root, s.UID())
+	if len(have) == 0 {
 		return "", fmt.Sprintf(useless, fmt.Sprintf("systemd delegates nothing to user %s", s.User()))
 	}
-	return bus, "systemd's, with " + strings.TrimSpace(string(controllers))
+	note = "systemd's, with " + strings.Join(have, " ")
+	if len(missing) > 0 {
+		note += fmt.Sprintf("; without %s, so that docker run's limits that need it do nothing", strings.Join(missing, " and "))
+	}
+	return bus, note
+}
+
+// Delegated returns the cgroup v2 controllers that systemd lets a user have, and those that docker run's limits need and it
+// does not: cpu for --cpus, memory for --memory, pids for --pids-limit. root is /.
+func Delegated(root string, uid int) (have, missing []string) {
+	file := fmt.Sprintf("sys/fs/cgroup/user.slice/user-%d.slice/user@%[1]d.service/cgroup.controllers", uid)
+	text, _ := os.ReadFile(filepath.Join(root, file)) // There is none where no systemd runs for the user.
+	have = strings.Fields(string(text))
+	for _, needed := range []string{"cpu", "memory", "pids"} {
+		if !slices.Contains(have, needed) {
+			missing = append(missing, needed)
+		}
+	}
+	return have, missing
 }
 
 func (s *Stack) waitUntilRunning(ctx context.Context, ended <-chan error, tell io.Writer) error {

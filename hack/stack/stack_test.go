@@ -163,10 +163,15 @@ func TestCgroups(t *testing.T) {
 	const delegated = "sys/fs/cgroup/user.slice/user-1000.slice/user@1000.service/cgroup.controllers"
 	write(delegated, "\n")
 	says("systemd delegates nothing to user alice")
-	write(delegated, "memory pids\n")
-	bus, note := s.cgroups(root)
-	assert.Equal(t, bus, filepath.Join(root, "run/user/1000/bus"))
-	assert.Equal(t, note, "systemd's, with memory pids")
+	for controllers, want := range map[string]string{
+		"cpu memory pids": "systemd's, with cpu memory pids",
+		"pids":            "systemd's, with pids; without cpu and memory, so that docker run's limits that need it do nothing",
+	} {
+		write(delegated, controllers+"\n")
+		bus, note := s.cgroups(root)
+		assert.Equal(t, bus, filepath.Join(root, "run/user/1000/bus"))
+		assert.Equal(t, note, want)
+	}
 }
 
 func TestLockIsForOne(t *testing.T) {
