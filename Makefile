@@ -1,6 +1,6 @@
 # `make` lists the targets. All that is built goes to build/.
 .DEFAULT_GOAL := help
-.PHONY: help deps build bases patch stress users test race lock rootful clients fleet soak docs check bench bench-docs upstream-integration upstream-docs dist clean
+.PHONY: help deps build bases patch stress users test race lock rootful clients fleet vm soak docs check bench bench-docs upstream-integration upstream-docs dist clean
 .NOTPARALLEL: # go uses all processors itself, and the order of what a target needs is meant
 
 BERTH := build/bin/berth
@@ -54,6 +54,10 @@ fleet: deps build ## run 30 replicas of a Swarm service on three nodes, stock an
 soak: deps build ## start and stop containers on a churning host for DURATION=20m, and look for what grows or is left
 	go test -tags integration -count=1 -v -timeout 0 -run '^TestSoak$$' ./integration/soak -duration $(DURATION)
 
+vm: deps build ## limits, install and a power cut under a real systemd, in a machine of QEMU's own (as root; installs qemu and mmdebstrap)
+	apt-get install -y --no-install-recommends qemu-system-x86 seabios mmdebstrap
+	go test -tags vm -count=1 -v -timeout 30m ./integration/vm
+
 bases: deps build ## build the patched daemon for BASES=all of vendor.conf's, and hold each to upstream (docs/bases.md)
 	go test -tags integration -count=1 -v -timeout 0 -run '^TestBases$$' ./integration/upstream -bases $(BASES) -table $(CURDIR)/docs/bases.md
 
@@ -68,9 +72,9 @@ docs: deps build ## write docs/port-drivers.md of what the port drivers answer
 check: FORMAT := pkgname
 check: ## gofmt, vet, staticcheck, shellcheck, and the unit tests with -race
 	@unformatted=$$(gofmt -l $(CODE)); test -z "$$unformatted" || { echo "gofmt these:"; echo "$$unformatted"; exit 1; }
-	go vet -tags integration ./...
-	go tool staticcheck -tags integration ./...
-	shellcheck hack/*.sh .ci/run
+	go vet -tags integration,vm ./...
+	go tool staticcheck -tags integration,vm ./...
+	shellcheck hack/*.sh integration/vm/*.sh .ci/run
 	go build -gcflags=-lang=go1.25 ./daemon/... # the oldest that a base is built with
 	for arch in amd64 arm64; do GOOS=windows GOARCH=$$arch go build -o /dev/null ./hack/berth || exit 1; done # `berth doctor` is for Windows, too
 	@$(TEST) -race ./...
