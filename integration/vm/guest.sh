@@ -30,14 +30,16 @@ before_the_cut() {
 	check "without a systemd of the user, limits are said to do nothing" alice \
 		'berth up; berth status | grep "^cgroups .*none: no systemd runs for user alice .*--memory and --cpus do nothing"; berth down'
 
-	# A user's systemd that is given one controller.
+	# A user's systemd that is not given all.
 	sed 's/^Delegate=.*/Delegate=pids/' /lib/systemd/system/user@.service >/etc/systemd/system/user@1001.service
 	systemctl daemon-reload
 	loginctl enable-linger bob
 	wait_for_bus 1001
-	check "with pids alone delegated, the others are said to do nothing" bob \
-		'cat /sys/fs/cgroup/user.slice/user-1001.slice/user@1001.service/cgroup.controllers; berth up; berth status | grep "^cgroups .*with pids; without cpu and memory"; berth down --purge'
+	rm -r /opt/berth/build/log # The checkout is the other user's now.
+	check "where cpu is not delegated, its limits are said to do nothing" bob \
+		'cat /sys/fs/cgroup/user.slice/user-1001.slice/user@1001.service/cgroup.controllers; berth up; berth status | grep "^cgroups .*; without cpu, so that docker run.s limits that need it do nothing"; berth down --purge'
 	loginctl disable-linger bob
+	rm -rf /opt/berth/build/log
 
 	loginctl enable-linger alice
 	wait_for_bus 1000
@@ -50,7 +52,7 @@ before_the_cut() {
 	printf '%s\n' '[Service]' ExecStart=/usr/bin/dockerd-rootless.sh Type=notify NotifyAccess=all Delegate=yes KillMode=mixed TimeoutSec=0 \
 		>/home/alice/.config/systemd/user/docker.service
 	check "the user's own Docker fails where others hold ports" alice "$restart; $own; $image; $files >/tmp/before
-		docker version --format '{{.Server.Version}}' | tee /tmp/version; ! docker run -d -p 0:80 who 2>&1 | tee /dev/stderr | grep -q '^[0-9a-f]*$'"
+		docker version --format '{{.Server.Version}}' | tee /tmp/version; ! docker run -d -p 0:80 who"
 	check "installed, it does not" alice "/opt/dist/berth install; /opt/dist/berth install; $restart; $own
 		docker version --format '{{.Server.Version}}' | grep berth; id=\$(docker run -d -p 0:80 who); docker port \$id; /opt/dist/berth status
 		exec 3<>/dev/tcp/127.0.0.1/\$(docker port \$id 80/tcp | sed -n 's/0.0.0.0://p'); printf 'GET / HTTP/1.0\r\n\r\n' >&3; grep \${id:0:12} <&3; docker rm -f \$(docker ps -aq)"

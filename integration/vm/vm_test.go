@@ -131,7 +131,6 @@ func boot(ctx context.Context, t *testing.T, system, disk, until string) {
 	for lines := bufio.NewReader(console); ; {
 		line, err := lines.ReadString('\n')
 		line = strings.TrimRight(line, "\r\n")
-		t.Log(line)
 		switch {
 		case err == io.EOF:
 			t.Fatalf("the machine ended before it said %q: %v", until, ctx.Err())
@@ -141,9 +140,12 @@ func boot(ctx context.Context, t *testing.T, system, disk, until string) {
 			t.Error(line)
 		case strings.HasPrefix(line, "ok "):
 			checks++
+			t.Log(line)
 		case line == until:
 			assert.Check(t, checks > 0)
 			return
+		default:
+			t.Log(line)
 		}
 	}
 }
