@@ -222,7 +222,7 @@ func count(t *testing.T, results map[string]tally, e event, where string, said *
 func total(results map[string]tally) tally {
 	var sum tally
 	for _, r := range results {
-		sum = tally{sum.Pass + r.Pass, sum.Fail + r.Fail, sum.Skip + r.Skip}
+		sum = add(sum, r)
 	}
 	return sum
 }
