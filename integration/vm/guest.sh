@@ -77,8 +77,8 @@ after_the_cut() {
 	check "what the power cut left is told" alice "berth status | grep '^stack .*down: .berth up. starts it again'"
 	check "it comes up with its images, volumes and containers" alice "berth up; $stack; docker images -q who | grep .; docker volume ls -q | grep keep
 		[ \"\$(docker ps --format '{{.Names}}')\" = always ]; docker ps -a | grep never"
-	for program in 'dockerd ' 'containerd --config' 'docker-rootlesskit '; do
-		check "it comes up again after ${program%% *} was killed" alice "kill -9 \$(pgrep -u alice -f '(^|/)$program' | head -1); sleep 1
+	for program in dockerd containerd docker-rootlesskit; do
+		check "it comes up again after $program was killed" alice "kill -9 \$(pgrep -u alice -f '(^|/)$program( |\$)' | head -1); sleep 1
 			berth up; $stack; for _ in \$(seq 60); do docker images -q who | grep . && break; sleep 1; done
 			docker images -q who | grep .; [ \"\$(docker ps --format '{{.Names}}')\" = always ]"
 	done
