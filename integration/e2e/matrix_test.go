@@ -159,7 +159,7 @@ func TestPortDriverMatrix(t *testing.T) {
 	stacktest.WriteResults(t, "matrix.json", all)
 }
 
-// runMatrix runs all cases on one stack. The containers stay until its end, so
+// runMatrix runs all cases on one stack, each with doctor asked before. The containers stay until its end, so
 // that each must answer beside all others.
 func runMatrix(t *testing.T, k kit) []outcome {
 	d := stacktest.Start(t, "dockerd", stack.Options{Net: k.Network, PortDriver: k.Driver, NoDetachNetns: !k.Detach})
@@ -176,9 +176,11 @@ func runMatrix(t *testing.T, k kit) []outcome {
 			if c.hold != nil {
 				o.Held, ports = c.prepare(t, d, k, own)
 			}
+			says := examine(t, d, c.publish)
 			begin := time.Now()
 			id, err := d.Run(whole, c.publish)
 			o.Milliseconds = time.Since(begin).Milliseconds()
+			assertDoctorsWord(t, says, err)
 			var published []netip.AddrPort
 			if err != nil {
 				// The CLI's own words stand around the daemon's.
@@ -219,6 +221,16 @@ func runMatrix(t *testing.T, k kit) []outcome {
 			answer(t)
 		}
 	})
+	for _, c := range doctorCases {
+		t.Run("doctor, "+c.name, func(t *testing.T) {
+			if c.hold != nil {
+				c.prepare(t, d, k, own)
+			}
+			says := examine(t, d, c.publish)
+			_, err := d.Run(whole, c.publish)
+			assertDoctorsWord(t, says, err)
+		})
+	}
 	return outcomes
 }
 
