@@ -139,7 +139,7 @@ func TestCoverLetter(t *testing.T) {
 	assert.NilError(t, os.WriteFile(filepath.Join(s.Root, "docs", "upstream.md"), []byte(upstream), 0o644))
 	assert.NilError(t, s.write(t.Context(), small))
 	cover = mails(t, s.Dir)["0000-cover-letter.patch"]
-	assert.Check(t, is.Contains(cover, "by more:\n\n| all |\n| --- |\n| 704 |\n\n"))
+	assert.Check(t, is.Contains(cover, "for one test):\n\n| all |\n| --- |\n| 704 |\n\n"))
 	assert.Check(t, is.Contains(cover, "held by another process:\n\n| held |\n| --- |\n| 100 |\n\n"))
 	assert.Check(t, !strings.Contains(cover, "(not measured)"))
 }

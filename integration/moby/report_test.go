@@ -143,7 +143,8 @@ const againIntro = `
 ## Once more
 
 What ended otherwise with one than with the other was run five times more with each: some tests look at the clock. One that
-Berth passes four times of six less often than stock, or more, fails the run: that is no chance.
+Berth passes four times of six less often than stock, or more, fails the run: for one test, chance does that once in 25 times
+at the most. The tables show every one, and less than that is not told from chance.
 `
 
 const byNameIntro = `

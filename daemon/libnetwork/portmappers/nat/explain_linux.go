@@ -5,8 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"os"
-	"path/filepath"
 	"strings"
 
 	"github.com/moby/moby/v2/daemon/libnetwork/types"
@@ -28,6 +26,7 @@ type facts struct {
 	first, last int    // The ports that it went through.
 	limit       int    // The host's ip_unprivileged_port_start, or 0.
 	holder      string // Who has the fixed port, or "".
+	rootlessKit string // RootlessKit's program.
 }
 
 // told is an error in other words.
@@ -108,7 +107,7 @@ func advice(err error, r *request, known facts) string {
 	case c == ours:
 		return "; stop the container that has it (if none: restart the rootless daemon, whose RootlessKit has it)" + orAnother
 	case c == privileged && strings.Contains(text, "ip_unprivileged_port_start="): // RootlessKit says so.
-		return fmt.Sprintf("; publish a port from %d up, or sudo setcap cap_net_bind_service=ep %s and restart the daemon", limit, rootlessKit())
+		return fmt.Sprintf("; publish a port from %d up, or sudo setcap cap_net_bind_service=ep %s and restart the daemon", limit, known.rootlessKit)
 	case c == privileged || c == unclear && host != nil && port < limit: // slirp4netns doesn't say.
 		return fmt.Sprintf("; publish a port from %d up, or sudo sysctl -w net.ipv4.ip_unprivileged_port_start=%d", limit, port)
 	case c == unclear && strings.Contains(text, "permission denied"):
@@ -119,12 +118,4 @@ func advice(err error, r *request, known facts) string {
 		return "; publish others, or use the port driver builtin"
 	}
 	return remedies[c]
-}
-
-// rootlessKit is the program that binds on the host: this process's parent, where it is one.
-func rootlessKit() string {
-	if file, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", os.Getppid())); err == nil && strings.Contains(filepath.Base(file), "rootlesskit") {
-		return file
-	}
-	return "$(which rootlesskit)"
 }

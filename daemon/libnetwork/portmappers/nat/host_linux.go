@@ -57,6 +57,15 @@ func onHost(f func()) bool {
 	return <-done
 }
 
+// rootlessKit is the program that binds on the host: this process's parent, where it is one.
+func rootlessKit() string {
+	file, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", os.Getppid()))
+	if err != nil || !strings.Contains(filepath.Base(file), "rootlesskit") {
+		return "$(which rootlesskit)"
+	}
+	return file
+}
+
 // look is a look at ports of one protocol on the host, by binding sockets there as a port driver would.
 type look struct {
 	proto types.Protocol

@@ -140,7 +140,7 @@ func (m *rooms) explain(s *search, f *failure) error {
 	if s.driver == nil && s.req.fixed() && errors.As(f.last, &child) {
 		return child.err
 	}
-	f.limit = s.limit()
+	f.limit, f.rootlessKit = s.limit(), rootlessKit()
 	if s.req.fixed() && errors.As(f.last, &r) && causeOf(r, f.limit) == inUse {
 		if s.view != nil {
 			f.holder = holder(r.proto, r.host, r.port)
