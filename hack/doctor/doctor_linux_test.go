@@ -14,6 +14,8 @@ import (
 	"golang.org/x/sys/unix"
 	"gotest.tools/v3/assert"
 	is "gotest.tools/v3/assert/cmp"
+
+	"berth/hack/stack"
 )
 
 // host is one as data: what is in taken cannot be bound.
@@ -172,8 +174,9 @@ func TestCgroupsPolicyAndRuntimeDir(t *testing.T) {
 	h.machine.controls, h.machine.uncontrols = []string{"memory", "pids"}, []string{"cpu"}
 	assert.Check(t, is.Contains(cgroups(h)[0].Says, "not delegated: cpu;"))
 	assert.Check(t, is.Len(cgroups(h)[0].Root, 3))
-	h.machine.controls, h.machine.uncontrols = nil, []string{"cpu", "memory", "pids"}
+	h.machine.controls, h.machine.uncontrols = stack.Delegated(t.TempDir(), 1000)
 	assert.Check(t, is.Equal(cgroups(h)[0].Mark, Note))
+	assert.Check(t, is.Contains(cgroups(h)[0].Says, "systemd has no cgroup for this user"))
 
 	assert.Check(t, is.Equal(policy(h)[0].Mark, OK))
 	h.machine.policies = []string{"SELinux", "AppArmor"}

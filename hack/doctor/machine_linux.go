@@ -205,9 +205,9 @@ func cgroups(h *Host) []Finding {
 	switch m := h.machine; {
 	case !h.rootless():
 		return nil
-	case m.controls == nil:
+	case len(m.controls) == 0:
 		return []Finding{{Mark: Note, Says: "systemd has no cgroup for this user: limits of containers (--memory) have no effect"}}
-	case m.uncontrols == nil:
+	case len(m.uncontrols) == 0:
 		return []Finding{{Mark: OK, Says: "delegated: " + strings.Join(m.controls, " ")}}
 	default:
 		return []Finding{{
