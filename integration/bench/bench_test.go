@@ -73,7 +73,7 @@ func startRootlessKit(b *testing.B) rootlessKit {
 	s := stacktest.At(b)
 	logFile := checkout.Log(root, "bench.log")
 	assert.NilError(b, s.Up(b.Context(), stack.Options{Bin: checkout.Bin(root), Log: logFile}))
-	rlk, err := portdriver.Dial(b.Context(), s.RootlessKitSocket())
+	rlk, err := portdriver.Dial(b.Context(), "3", s.RootlessKitSocket())
 	assert.NilError(b, err)
 	return rootlessKit{rlk}
 }

@@ -23,8 +23,11 @@ type RootlessKit struct {
 	childIP netip.Addr // the only address that the driver forwards to, if valid
 }
 
-// Dial returns a client of the RootlessKit 3 that serves its API at socket.
-func Dial(ctx context.Context, socket string) (*RootlessKit, error) {
+// Dial returns a client of the RootlessKit of that version that serves its API at socket.
+func Dial(ctx context.Context, version, socket string) (*RootlessKit, error) {
+	if version[0] == '2' {
+		return dial2(ctx, socket)
+	}
 	c, err := client.New(socket)
 	if err != nil {
 		return nil, err
@@ -36,8 +39,7 @@ func Dial(ctx context.Context, socket string) (*RootlessKit, error) {
 	return newRootlessKit(c.PortManager(), info)
 }
 
-// Dial2 returns a client of the RootlessKit 2 that serves its API at socket.
-func Dial2(ctx context.Context, socket string) (*RootlessKit, error) {
+func dial2(ctx context.Context, socket string) (*RootlessKit, error) {
 	c, err := client2.New(socket)
 	if err != nil {
 		return nil, err

@@ -5,6 +5,7 @@ package portdriver
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -62,6 +63,17 @@ func serve() error {
 		}
 		_ = json.NewEncoder(w).Encode(results) // whoever asks finds out
 	})
+	http.HandleFunc("/contract", func(w http.ResponseWriter, r *http.Request) {
+		cmd := exec.CommandContext(r.Context(), os.Getenv(contract), "-test.v", "-test.parallel=2", "-test.run=^TestContractOfRootlessKit$")
+		cmd.Env = append(os.Environ(), "BERTH_TEST_IN_NAMESPACE=1", "ROOTLESSKIT_STATE_DIR="+stateDir,
+			"BERTH_CONTRACT_VERSION="+r.FormValue("rootlesskit"), "BERTH_CONTRACT_PORT="+r.FormValue("port"))
+		out, err := cmd.CombinedOutput()
+		if err != nil {
+			http.Error(w, fmt.Sprintf("%v\n%s", err, out), http.StatusInternalServerError)
+			return
+		}
+		_, _ = w.Write(out) // as above
+	})
 	l, err := net.Listen("unix", filepath.Join(os.Getenv("XDG_RUNTIME_DIR"), "docker.sock"))
 	if err != nil {
 		return err
@@ -70,11 +82,7 @@ func serve() error {
 }
 
 func runInChild(ctx context.Context, stateDir, version string) ([]Result, error) {
-	dial := Dial
-	if version[0] == '2' {
-		dial = Dial2
-	}
-	rlk, err := dial(ctx, filepath.Join(stateDir, "api.sock"))
+	rlk, err := Dial(ctx, version, filepath.Join(stateDir, "api.sock"))
 	if err != nil {
 		return nil, err
 	}
@@ -193,8 +201,10 @@ func (h *host) waitUntilFree() error {
 	}
 }
 
-// rootlessKits are the port drivers, with a network driver that serves them.
-var rootlessKits = []struct{ version, binary, network, driver string }{
+// rootlessKit is a port driver, with a network driver that serves it.
+type rootlessKit struct{ version, binary, network, driver string }
+
+var rootlessKits = []rootlessKit{
 	{"2.3.6", "rootlesskit2", "slirp4netns", "builtin"},
 	{"3.1.0", "rootlesskit31", "gvisor-tap-vsock", "builtin"},
 	{"3.3.0", "rootlesskit", "gvisor-tap-vsock", "builtin"},
@@ -203,6 +213,44 @@ var rootlessKits = []struct{ version, binary, network, driver string }{
 	{"2.3.6", "rootlesskit2", "slirp4netns", "slirp4netns"},
 	{"3.1.0", "rootlesskit31", "slirp4netns", "slirp4netns"},
 	{"3.3.0", "rootlesskit", "slirp4netns", "slirp4netns"},
+}
+
+// options are those of a stack with this test in dockerd's place.
+func (k rootlessKit) options(t *testing.T, root, what string) stack.Options {
+	t.Helper()
+	self, err := os.Executable()
+	assert.NilError(t, err)
+	bin := checkout.Bin(root)
+	o := stack.Options{
+		Bin:         bin,
+		Dockerd:     self,
+		RootlessKit: filepath.Join(bin, k.binary),
+		Net:         k.network,
+		PortDriver:  k.driver,
+		Log:         checkout.Log(root, "test", what+"-"+k.version+"-"+k.driver+".log"),
+	}
+	t.Cleanup(func() {
+		if !t.Failed() {
+			assert.NilError(t, os.Remove(o.Log))
+			return
+		}
+		t.Logf("the stack's log: %s", o.Log)
+	})
+	return o
+}
+
+// ask asks what is in dockerd's place of the stack.
+func ask(s *stack.Stack, path string) (string, error) {
+	resp, err := stacktest.HTTP(s).Get("http://suite/" + path)
+	if err != nil {
+		return "", err
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(resp.Body)
+	if err == nil && resp.StatusCode != http.StatusOK {
+		err = errors.New(string(body))
+	}
+	return string(body), err
 }
 
 // Seen is what the suite saw of a port driver, as it is in build/results.
@@ -220,14 +268,13 @@ func TestPortDrivers(t *testing.T) {
 	var all []Seen
 	for _, k := range rootlessKits {
 		t.Run(k.version+"/"+k.driver, func(t *testing.T) {
-			bin := checkout.Bin(root)
-			results := run(t, stack.Options{
-				Bin:         bin,
-				RootlessKit: filepath.Join(bin, k.binary),
-				Net:         k.network,
-				PortDriver:  k.driver,
-				Log:         checkout.Log(root, "test", "portdriver-"+k.version+"-"+k.driver+".log"),
-			}, k.version)
+			o := k.options(t, root, "portdriver")
+			s := stacktest.At(t)
+			assert.NilError(t, s.Up(t.Context(), o))
+			answer, err := ask(s, "run?rootlesskit="+k.version)
+			assert.NilError(t, err)
+			var results []Result
+			assert.NilError(t, json.Unmarshal([]byte(answer), &results))
 			all = append(all, Seen{k.driver, k.version, k.network, results})
 			cases := Cases()
 			for i, r := range results {
@@ -274,44 +321,29 @@ func needs(t *testing.T) {
 	}
 }
 
-// run runs the suite against a real RootlessKit, in dockerd's place.
-func run(t *testing.T, o stack.Options, version string) []Result {
-	var err error
-	o.Dockerd, err = os.Executable()
+// natTests is `go test` of the patch's tests, with those of testdata among them:
+// the patch's folder imports nothing of this module, so what brings the two
+// together is laid over it.
+func natTests(t *testing.T, root string, args ...string) *exec.Cmd {
+	t.Helper()
+	replace := map[string]string{}
+	for _, file := range []string{"fake_linux_test.go", "contract_linux_test.go"} {
+		replace[filepath.Join(root, "daemon/libnetwork/portmappers/nat/portdriver_"+file)] = filepath.Join(root, "integration/portdriver/testdata", file)
+	}
+	overlay, err := json.Marshal(map[string]any{"Replace": replace})
 	assert.NilError(t, err)
-	s := stacktest.At(t)
-	t.Cleanup(func() {
-		if !t.Failed() {
-			assert.NilError(t, os.Remove(o.Log))
-			return
-		}
-		t.Logf("the stack's log: %s", o.Log)
-	})
-	assert.NilError(t, s.Up(t.Context(), o))
-	resp, err := stacktest.HTTP(s).Get("http://suite/run?rootlesskit=" + version)
-	assert.NilError(t, err)
-	defer resp.Body.Close()
-	body, err := io.ReadAll(resp.Body)
-	assert.NilError(t, err)
-	assert.Assert(t, resp.StatusCode == http.StatusOK, "%s", body)
-	var results []Result
-	assert.NilError(t, json.Unmarshal(body, &results))
-	return results
+	file := filepath.Join(t.TempDir(), "overlay")
+	assert.NilError(t, os.WriteFile(file, overlay, 0o644))
+	cmd := exec.CommandContext(t.Context(), "go", append([]string{"test", "-overlay=" + file}, args...)...)
+	cmd.Args = append(cmd.Args, "./daemon/libnetwork/portmappers/nat")
+	cmd.Dir = root
+	return cmd
 }
 
-// runFake runs the suite against the fake of the patch's tests, by driver. The
-// patch's folder imports nothing of this module, so what brings the two together
-// is laid over it for one run.
+// runFake runs the suite against the fake of the patch's tests, by driver.
 func runFake(t *testing.T, root string) map[string][]Result {
 	dir := t.TempDir()
-	overlay, err := json.Marshal(map[string]any{"Replace": map[string]string{
-		filepath.Join(root, "daemon/libnetwork/portmappers/nat/portdriver_linux_test.go"): filepath.Join(root, "integration/portdriver/testdata/fake_linux_test.go"),
-	}})
-	assert.NilError(t, err)
-	assert.NilError(t, os.WriteFile(filepath.Join(dir, "overlay"), overlay, 0o644))
-	cmd := exec.CommandContext(t.Context(), "go", "test", "-count=1", "-run=^TestPortDriverSuite$",
-		"-overlay="+filepath.Join(dir, "overlay"), "./daemon/libnetwork/portmappers/nat")
-	cmd.Dir = root
+	cmd := natTests(t, root, "-count=1", "-run=^TestPortDriverSuite$")
 	cmd.Env = append(os.Environ(), "BERTH_PORTDRIVER_RESULTS="+filepath.Join(dir, "results"))
 	out, err := cmd.CombinedOutput()
 	assert.NilError(t, err, "%s", out)

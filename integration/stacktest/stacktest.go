@@ -21,6 +21,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -75,8 +76,8 @@ func Main(m *testing.M) {
 var interrupted context.Context
 
 func downAndExit() {
-	for _, user := range Users {
-		s, err := place(user)
+	purgeAt := func(user, name string) {
+		s, err := place(user, name)
 		for deadline := time.Now().Add(10 * time.Second); err == nil && time.Now().Before(deadline); {
 			// The test may be at work there itself, for a moment.
 			if _, err := s.Purge(interrupted, stack.Options{}); err == nil {
@@ -84,6 +85,13 @@ func downAndExit() {
 			}
 			time.Sleep(50 * time.Millisecond)
 		}
+	}
+	for _, user := range Users {
+		purgeAt(user, "")
+	}
+	beside.Lock()
+	for _, name := range beside.names {
+		purgeAt(Users[0], name)
 	}
 	os.Exit(1)
 }
@@ -152,7 +160,7 @@ func StartAs(t testing.TB, asUser, dockerd string, o stack.Options) *Daemon {
 	t.Helper()
 	root, err := checkout.Root()
 	assert.NilError(t, err)
-	s := at(t, asUser)
+	s := at(t, asUser, "")
 	if o.Bin == "" {
 		o.Bin = checkout.Bin(root)
 	}
@@ -185,12 +193,27 @@ func StartAs(t testing.TB, asUser, dockerd string, o stack.Options) *Daemon {
 // package share a place; packages are tested side by side.
 func At(t testing.TB) *stack.Stack {
 	t.Helper()
-	return at(t, Users[0])
+	return at(t, Users[0], "")
 }
 
-func at(t testing.TB, asUser string) *stack.Stack {
+// Beside is [At] for a stack that is there beside the package's others. Its name is the test's own.
+func Beside(t testing.TB, name string) *stack.Stack {
 	t.Helper()
-	s, err := place(asUser)
+	beside.Lock()
+	beside.names = append(beside.names, "-"+name)
+	beside.Unlock()
+	return at(t, Users[0], "-"+name)
+}
+
+// beside has the names that tests have given to stacks.
+var beside struct {
+	sync.Mutex
+	names []string
+}
+
+func at(t testing.TB, asUser, name string) *stack.Stack {
+	t.Helper()
+	s, err := place(asUser, name)
 	assert.NilError(t, err)
 	purge(t, s)
 	t.Cleanup(func() { purge(t, s) })
@@ -222,8 +245,8 @@ func Kill(t *testing.T, s *stack.Stack, program string) {
 	assert.NilError(t, p.Signal(unix.SIGKILL))
 }
 
-func place(asUser string) (*stack.Stack, error) {
-	return stack.AtUser("test-"+strings.TrimSuffix(filepath.Base(os.Args[0]), ".test"), asUser)
+func place(asUser, name string) (*stack.Stack, error) {
+	return stack.AtUser("test-"+strings.TrimSuffix(filepath.Base(os.Args[0]), ".test")+name, asUser)
 }
 
 // behindAPI runs dockerd with another socket in the place of RootlessKit's API. It does so in

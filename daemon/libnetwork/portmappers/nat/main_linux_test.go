@@ -71,6 +71,10 @@ func bringUpLoopback() error {
 	if err != nil {
 		return err
 	}
+	// On a host that the tests didn't make it is up, and may not be changed.
+	if err := unix.IoctlIfreq(fd, unix.SIOCGIFFLAGS, ifr); err != nil || ifr.Uint16()&unix.IFF_UP != 0 {
+		return err
+	}
 	ifr.SetUint16(unix.IFF_UP)
 	return unix.IoctlIfreq(fd, unix.SIOCSIFFLAGS, ifr)
 }
