@@ -61,15 +61,16 @@ var signs = [...]struct {
 	privileged: {errnos: []unix.Errno{unix.EACCES}},
 	inUse:      {[]unix.Errno{unix.EADDRINUSE}, []string{"port is busy"}},
 	reserved:   {nil, []string{"forbidden by its access permissions"}}, // Windows, where RootlessKit runs in WSL.
-	// RootlessKit (all port drivers), gvisor-tap-vsock, and the allocator.
-	ours: {nil, []string{"conflict with id", "proxy already running", textAllocated, textAllAllocated}},
+	// RootlessKit (all port drivers), gvisor-tap-vsock, pesto, and the allocator.
+	ours: {nil, []string{"conflict with id", "proxy already running", "forwarding configuration conflict", textAllocated, textAllAllocated}},
 	// RootlessKit's validation, and of the kernel's a link-local address without its zone.
 	invalid: {[]unix.Errno{unix.EINVAL}, []string{"invalid parentip", "invalid childip", "invalid parentport", "invalid childport", "invalid ip"}},
 	notHere: {errnos: []unix.Errno{unix.EADDRNOTAVAIL}},
-	// Also dockerd's client, and gvisor-tap-vsock's way to say that it takes no IPv6 address.
+	// Also dockerd's client, gvisor-tap-vsock's way to say that it takes no IPv6 address, and pesto's that 255
+	// ports are all it serves.
 	unserved: {[]unix.Errno{unix.EAFNOSUPPORT, unix.EPROTONOSUPPORT}, []string{
 		"unknown proto", "no portdriver is available", "unsupported port protocol", "unsupported protocol",
-		"too many colons in address", "unsupported ip", "bad arguments", "requires --ipv6", "unsupported childip", textUnsupported,
+		"too many colons in address", "unsupported ip", "bad arguments", "requires --ipv6", "unsupported childip", "too many rules", textUnsupported,
 	}},
 	noRoom:    {errnos: []unix.Errno{unix.EMFILE, unix.ENFILE, unix.ENOBUFS, unix.ENOMEM}},
 	unreached: {nil, []string{"executable file not found", "fork/exec", "dial unix"}},

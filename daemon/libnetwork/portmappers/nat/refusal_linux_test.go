@@ -25,7 +25,6 @@ var answers = []struct {
 	{"listen tcp4 0.0.0.0:45000: bind: address already in use", another},
 	{"failed to expose port: listen tcp 0.0.0.0:45000: bind: address already in use", another},
 	{"failed to expose port: expose request failed with status 500: listen udp 0.0.0.0:45000: bind: address already in use", another},
-	{"pesto failed: exit status 1: Failed to bind port 80: Address already in use", another},
 
 	{"listen tcp4 0.0.0.0:80: bind: permission denied", another},
 	{"cannot expose privileged port 80, you can add 'net.ipv4.ip_unprivileged_port_start=80' to /etc/sysctl.conf (currently 1024), or set CAP_NET_BIND_SERVICE on rootlesskit binary, or choose a larger port number (>= 1024): listen tcp4 0.0.0.0:80: bind: permission denied", another},
@@ -33,6 +32,7 @@ var answers = []struct {
 	{"listen tcp4 0.0.0.0:50000: bind: An attempt was made to access a socket in a way forbidden by its access permissions.", another},
 	{"conflict with ID 7", another},
 	{"failed to expose port: proxy already running", another},
+	{"pesto failed: exit status 1\noutput: Forwarding configuration conflict: TCP [0.0.0.0]:45000  =>  45000  versus TCP [127.0.0.2]:45000  =>  45000 \nUnable to add rule TCP [0.0.0.0]:45000  =>  45000 \n", another},
 
 	{"listen tcp4 10.1.2.3:45000: bind: cannot assign requested address", no},
 	{"failed to expose port: listen tcp 10.1.2.3:45000: bind: cannot assign requested address", no},
@@ -44,6 +44,7 @@ var answers = []struct {
 	{`unknown proto: "quic"`, no},
 	{"invalid ParentPort: 65536", no},
 	{"accept4: too many open files", no},
+	{"pesto failed: exit status 1\noutput: Too many rules (maximum 255)\nUnable to add rule TCP [127.0.0.1]:20255  =>  20255 \n", no},
 	{`protocol "tcp6" is not supported by the RootlessKit port driver "slirp4netns"`, no},
 
 	{"pesto failed: fork/exec /usr/bin/pesto: permission denied", no},
