@@ -31,11 +31,11 @@ users: deps build ## watch two users' daemons start containers at once, stock an
 	go test -tags integration -count=1 -v -run '^TestTwoUsersStartAtOnce$$' ./integration/e2e
 
 test: deps check build ## everything: check, then the end-to-end test on real stacks
-	@$(BERTH) build pasta rootlesskit2 rootlesskit31 busybox compose
+	@$(BERTH) build pasta passt pesto rootlesskit2 rootlesskit31 busybox compose
 	@$(TEST) -tags integration -count=1 -timeout 30m ./integration/...
 
 race: deps build ## the end-to-end tests of a dockerd with the race detector in it, which takes minutes to build
-	@$(BERTH) build --race pasta
+	@$(BERTH) build --race pasta passt pesto
 	@export BERTH_TEST_DOCKERD=dockerd-race; $(TEST) -tags integration -count=1 -timeout 30m -skip 'Stock|TestStopsWaitForASearch' ./integration/e2e
 
 lock: deps build ## what other containers feel of one that searches for a port, stock and Berth (as root; build/results/lock.txt)
@@ -66,7 +66,7 @@ patch: ## write the patch as a series of mails for upstream into build/patch
 	@$(BERTH) patch
 
 docs: deps build ## write docs/port-drivers.md of what the port drivers answer
-	@$(BERTH) build rootlesskit2 rootlesskit31
+	@$(BERTH) build passt pesto rootlesskit2 rootlesskit31
 	go test -tags integration -count=1 ./integration/portdriver -update
 
 check: FORMAT := pkgname

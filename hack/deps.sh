@@ -61,12 +61,12 @@ case ${1-} in
 esac
 
 # uidmap, iproute2, iptables: RootlessKit's and dockerd's. procps, util-linux: ps and setpriv, for the stack and its tests.
-# gcc, libc6-dev: runc, pasta and the race detector. libseccomp-dev, pkg-config: runc. debian-archive-keyring, xz-utils: pasta.
+# gcc, libc6-dev: runc, pasta, pesto and the race detector. libseccomp-dev, pkg-config: runc. debian-archive-keyring, xz-utils: pasta, pesto.
 # curl: hack/stress.sh. slirp4netns: tests of its port driver. bzip2, sudo: upstream's integration tests.
 # systemd: its systemd-analyze reads what `berth install` writes. The rest: make and its tests.
 packages='bzip2 ca-certificates curl debian-archive-keyring gcc git iproute2 iptables libc6-dev libseccomp-dev make pkg-config procps shellcheck slirp4netns
 sudo systemd uidmap util-linux xz-utils'
-# What of them is looked for where there are no such packages. Fetching pasta's source takes apt: only tests need it, and say so.
+# What of them is looked for where there are no such packages. Fetching pasta's and pesto's sources takes apt: only tests need it, and say so.
 commands='bzip2 curl gcc git ip iptables make newgidmap newuidmap nsenter pkg-config ps setpriv shellcheck slirp4netns sudo systemd-analyze tar xz'
 headers='seccomp.h stdlib.h'
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -123,7 +123,7 @@ if command -v dpkg-query >/dev/null; then
 	# Where the sources come from; an image of a system often has none.
 	[ -n "$(apt-get indextargets 'Created-By: Packages')" ] || need "apt has no package lists" "apt-get update -q"
 	[ -n "$(apt-get indextargets 'Origin: Debian' 'Created-By: Packages')" ] ||
-		echo "deps: apt has no Debian mirror here: \`berth build pasta\` says where to put pasta's sources for the tests"
+		echo "deps: apt has no Debian mirror here: \`berth build pasta passt pesto\` says where to put their sources for the tests"
 else
 	missing=
 	for c in $commands; do

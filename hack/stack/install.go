@@ -43,7 +43,14 @@ func (s *Stack) install(ctx context.Context, o Options) error {
 		return err
 	}
 	names := []string{"dockerd-rootless.sh", "docker-proxy", "containerd", "containerd-shim-runc-v2", "runc"}
-	if o.Net == "pasta" {
+	switch {
+	case o.PortDriver == "pesto":
+		// It asks a pasta of its own version, which is passt by another name.
+		if err := put("pasta", filepath.Join(o.Bin, "passt")); err != nil {
+			return err
+		}
+		names = append(names, "pesto")
+	case o.Net == "pasta":
 		names = append(names, "pasta")
 	}
 	for _, name := range names {

@@ -18,7 +18,7 @@ import (
 // (upstream's daemon/libnetwork/internal/rlkclient, which nobody else may import).
 type RootlessKit struct {
 	port.Manager
-	driver  string
+	Driver  string // as RootlessKit has it
 	protos  []string
 	childIP netip.Addr // the only address that the driver forwards to, if valid
 }
@@ -62,10 +62,10 @@ func newRootlessKit(m port.Manager, info *api.Info) (*RootlessKit, error) {
 	if info.PortDriver == nil {
 		return nil, errors.New("RootlessKit has no port driver")
 	}
-	r := &RootlessKit{Manager: m, driver: info.PortDriver.Driver, protos: info.PortDriver.Protos}
+	r := &RootlessKit{Manager: m, Driver: info.PortDriver.Driver, protos: info.PortDriver.Protos}
 	if info.PortDriver.DisallowLoopbackChildIP {
 		if info.NetworkDriver == nil {
-			return nil, fmt.Errorf("RootlessKit's port driver %s forwards to no loopback address, and there is no other", r.driver)
+			return nil, fmt.Errorf("RootlessKit's port driver %s forwards to no loopback address, and there is no other", r.Driver)
 		}
 		ip, _ := netip.AddrFromSlice(info.NetworkDriver.ChildIP)
 		r.childIP = ip.Unmap()
@@ -93,7 +93,7 @@ func (r *RootlessKit) ChildHostIP(proto string, hostIP netip.Addr) netip.Addr {
 func (r *RootlessKit) AddPort(ctx context.Context, proto string, hostIP, childIP netip.Addr, hostPort int) (func() error, error) {
 	proto = apiProto(proto, hostIP)
 	if !slices.Contains(r.protos, proto) {
-		return nil, fmt.Errorf("protocol %q is not supported by the RootlessKit port driver %q", proto, r.driver)
+		return nil, fmt.Errorf("protocol %q is not supported by the RootlessKit port driver %q", proto, r.Driver)
 	}
 	st, err := r.Manager.AddPort(ctx, port.Spec{
 		Proto:      proto,

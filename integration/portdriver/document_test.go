@@ -55,7 +55,7 @@ func rows(seen []Seen) []*row {
 			if r.Served == nil && !removal(r) && name != "free" {
 				continue // one row says it
 			}
-			text := describe(protocol, r)
+			text := describe(s.Driver, protocol, r)
 			i := slices.IndexFunc(rows, func(o *row) bool { return o.name == name && o.text == text })
 			if i < 0 {
 				i = len(rows)
@@ -80,8 +80,10 @@ func rows(seen []Seen) []*row {
 }
 
 // describe is the part of a row that comes from the result.
-func describe(protocol string, r Result) string {
+func describe(driver, protocol string, r Result) string {
 	says := strings.TrimPrefix(strings.TrimPrefix(r.Answer, addPortFailed), removePortFailed)
+	says = strings.Join(strings.Fields(says), " ") // it may have lines
+	says = strings.ReplaceAll(says, strings.ToUpper(protocol[:3])+" [", "NET [")
 	for _, p := range []string{protocol, protocol[:3] + "4", protocol[:3] + "6", protocol[:3]} {
 		says = strings.ReplaceAll(says, p+" ", "NET ")
 		says = strings.ReplaceAll(says, `"`+p+`"`, `"NET"`)
@@ -91,6 +93,7 @@ func describe(protocol string, r Result) string {
 			addr = "[" + addr + "]"
 		}
 		says = strings.ReplaceAll(says, addr+":PORT", "HOST:PORT")
+		says = strings.ReplaceAll(says, "["+addr+"]:PORT", "HOST:PORT") // pesto's
 	}
 	verdict := r.Verdict
 	switch {
@@ -102,6 +105,9 @@ func describe(protocol string, r Result) string {
 		return fmt.Sprintf("`%s` |  | %s | %s", says, outcome, outcome)
 	case says == "":
 		says, verdict = "exposes it", ""
+		if driver == "pesto" {
+			says = "says that it exposes it"
+		}
 	default:
 		says = "`" + says + "`"
 	}

@@ -23,6 +23,7 @@ func TestPortDriverSuite(t *testing.T) {
 		"builtin":          func(f *fakeDriver) {},
 		"slirp4netns":      func(f *fakeDriver) { f.shrugs, f.noIPv6 = true, true },
 		"gvisor-tap-vsock": func(f *fakeDriver) { f.bothFamilies, f.noIPv6 = true, true },
+		"pesto":            func(f *fakeDriver) { f.believes, f.noIPv6 = true, true },
 	} {
 		f := newFake(t)
 		f.forgets = true

@@ -28,7 +28,7 @@ type contractHost interface {
 	exposes(host netip.Addr, port int) bool
 	// frees tells whether it doesn't, any more.
 	frees(host netip.Addr, port int) bool
-	// hold has another process hold a port of all IPv4 addresses.
+	// hold has somebody else hold a port of the first address.
 	hold(t *testing.T, port int) (release func())
 }
 
@@ -90,23 +90,21 @@ func (h *hanging) late(d time.Duration) {
 	time.AfterFunc(d, h.resume)
 }
 
-// realHost is the host that the test runs on. What a driver has let go of may stay for
-// as long as its lag.
+// realHost is the host that the test runs on. What a driver has said it did may take as
+// long as its lag.
 type realHost struct{ lag time.Duration }
 
-func (realHost) exposes(host netip.Addr, port int) bool {
-	taken := true // What can't be looked at is not free.
-	onHost(func() { taken = (&look{proto: types.UDP, exclusive: true}).refusal(host, port) != nil })
-	return taken
-}
+func (r realHost) exposes(host netip.Addr, port int) bool { return r.becomes(true, host, port) }
+func (r realHost) frees(host netip.Addr, port int) bool   { return r.becomes(false, host, port) }
 
-func (r realHost) frees(host netip.Addr, port int) bool {
-	for end := time.Now().Add(r.lag); r.exposes(host, port); time.Sleep(10 * time.Millisecond) {
-		if !time.Now().Before(end) {
-			return false
+func (r realHost) becomes(taken bool, host netip.Addr, port int) bool {
+	for end := time.Now().Add(r.lag); ; time.Sleep(10 * time.Millisecond) {
+		is := !taken // What can't be looked at is neither.
+		onHost(func() { is = (&look{proto: types.UDP, exclusive: true}).refusal(host, port) != nil })
+		if is == taken || !time.Now().Before(end) {
+			return is == taken
 		}
 	}
-	return true
 }
 
 func (realHost) hold(t *testing.T, port int) func() {

@@ -69,6 +69,8 @@ type fakeDriver struct {
 	others map[mapping]bool
 	// shrugs makes all refusals slirp4netns' one.
 	shrugs bool
+	// believes makes it expose whatever it doesn't have itself, as pesto says it does.
+	believes bool
 	// bothFamilies makes an IPv4 wildcard take the port on IPv6, too, as
 	// gvisor-tap-vsock's does.
 	bothFamilies bool
@@ -280,13 +282,13 @@ func (f *fakeDriver) refusal(m mapping) error {
 
 func (f *fakeDriver) listenError(m mapping) error {
 	listen := fmt.Sprintf("listen %s %s:", m.network(), netip.AddrPortFrom(m.ip, uint16(m.port)))
-	if m.ip.IsPrivate() {
+	if m.ip.IsPrivate() && !f.believes {
 		return errors.New(listen + " bind: cannot assign requested address")
 	}
-	if m.port < 1024 {
+	if m.port < 1024 && !f.believes {
 		return fmt.Errorf("cannot expose privileged port %d, you can add 'net.ipv4.ip_unprivileged_port_start=%d' to /etc/sysctl.conf (currently 1024), or set CAP_NET_BIND_SERVICE on rootlesskit binary, or choose a larger port number (>= 1024): %s bind: permission denied", m.port, m.port, listen)
 	}
-	inUse := f.taken(m.port)
+	inUse := f.taken(m.port) && !f.believes
 	wanted := []mapping{m}
 	if f.bothFamilies && m.ip == netip.IPv4Unspecified() {
 		wanted = append(wanted, mapping{m.proto, netip.IPv6Unspecified(), m.port})
@@ -296,7 +298,7 @@ func (f *fakeDriver) listenError(m mapping) error {
 			inUse = inUse || w.overlaps(o)
 		}
 		for o, held := range f.others {
-			inUse = inUse || held && w.overlaps(o)
+			inUse = inUse || held && !f.believes && w.overlaps(o)
 		}
 	}
 	if inUse {
