@@ -32,9 +32,12 @@ func TestTwoUsersStartAtOnce(t *testing.T) {
 	t.Logf("\n%s", &table)
 	stacktest.WriteResults(t, "users.json", results)
 
+	// The one that stays a step ahead of the other finds every port free.
+	published := 0
 	for _, r := range stock {
-		assert.Assert(t, r.Published < r.Starts, "%s failed none: nothing is shown", r.Name)
+		published += r.Published
 	}
+	assert.Assert(t, published < stock[0].Starts+stock[1].Starts, "stock failed none: nothing is shown")
 	for _, r := range berth {
 		assert.Equal(t, r.Answered, r.Starts, r.Name)
 	}
