@@ -57,6 +57,12 @@ func TestKill(t *testing.T) {
 
 			assert.NilError(t, d.Restart(t.Context(), d.Options))
 			removeAll(t, d)
+			if left := listeners(t, d.Stack); !slices.Equal(left, own) {
+				// What bridge driver and sandbox of a start have recorded, a kill can part: then dockerd, stock as
+				// well, publishes the start's port once more, and knows of no container that has it.
+				t.Logf("until the next restart, dockerd publishes of those that it was starting: %v", left)
+				assert.NilError(t, d.Restart(t.Context(), d.Options))
+			}
 			assert.DeepEqual(t, listeners(t, d.Stack), own)
 			assert.Equal(t, failures(t, startAll(d)), 0)
 			allAnswer(t, d)
