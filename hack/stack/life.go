@@ -21,7 +21,7 @@ import (
 )
 
 const (
-	startTimeout = time.Minute // upstream's daemon is up in 1-2 s on an idle machine
+	startTimeout = 3 * time.Minute // upstream's daemon is up in 1-2 s on an idle machine, and in a minute on an emulated one
 	pollInterval = 50 * time.Millisecond
 	// dockerd gives its containers 10 s to end, and itself 15 s.
 	stopTimeout = 30 * time.Second
