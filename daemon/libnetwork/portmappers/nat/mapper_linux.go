@@ -151,7 +151,7 @@ func (m *rooms) explain(s *search, f *failure) error {
 			}
 		})
 	}
-	return explain(f, s.req)
+	return f
 }
 
 // UnmapPorts closes, removes and releases everything that MapPorts set up for pbs. A step that fails does not

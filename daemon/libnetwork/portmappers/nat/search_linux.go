@@ -64,15 +64,13 @@ func (s *search) run(ctx context.Context) (*attempt, *failure) {
 		first, last, ok := s.ports.next()
 		switch err := ctx.Err(); {
 		case err != nil && (s.driver != nil || s.tries > 0):
-			f := s.failure("then its caller gave up", err)
-			f.last, f.tried = err, s.tries
-			return nil, f
+			return nil, s.failure("then its caller gave up", err)
 		case s.tries > 0 && time.Since(start) >= searchTime:
-			return nil, s.failure(fmt.Sprintf("none was had in %s", searchTime), s.last)
+			return nil, s.failure(fmt.Sprintf("none was had in %s", searchTime), nil)
 		case !ok && s.req.fixed():
-			return nil, s.failure("", s.last)
+			return nil, s.failure("", nil)
 		case !ok:
-			return nil, s.failure("and none can be had", s.last)
+			return nil, s.failure("and none can be had", nil)
 		}
 		a, err := try(ctx, s.req, s.driver, s.leases, first, last)
 		if s.tries++; err == nil {
@@ -93,7 +91,7 @@ func (s *search) run(ctx context.Context) (*attempt, *failure) {
 		case verdict == no:
 			return nil, s.failure("", err)
 		case s.unbound >= maxUnbound:
-			return nil, s.failure(fmt.Sprintf("%d did not bind in the child", s.unbound), s.last)
+			return nil, s.failure(fmt.Sprintf("%d did not bind in the child", s.unbound), nil)
 		case s.unclears == maxUnclear:
 			return nil, s.failure(fmt.Sprintf("%d refusals do not say why", s.unclears), err)
 		}
@@ -144,13 +142,17 @@ func (s *search) limit() int {
 	return hostUnprivileged()
 }
 
+// failure tells how the search ended. Without a cause, it's the last refusal that is not this daemon's own.
 func (s *search) failure(how string, cause error) *failure {
 	first, last, tried, taken := s.ports.seen()
 	switch {
-	case cause == nil && taken == nil:
-		cause = errors.New("all of them are reserved (net.ipv4.ip_local_reserved_ports)")
-	case !s.others && taken != nil:
+	case cause != nil:
+	case taken != nil && !s.others:
 		cause = taken
+	case s.last != nil:
+		cause = s.last
+	default:
+		cause = errors.New("all of them are reserved (net.ipv4.ip_local_reserved_ports)")
 	}
-	return &failure{how: how, last: cause, tried: tried, facts: facts{first: first, last: last}}
+	return &failure{req: s.req, how: how, last: cause, tried: tried, first: first, end: last}
 }
