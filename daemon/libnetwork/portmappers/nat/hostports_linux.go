@@ -2,7 +2,6 @@ package nat
 
 import (
 	"fmt"
-	"math/rand/v2"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -23,24 +22,21 @@ const (
 // hostPorts is the source of the ports that are free on the host, one by one: of a user's own range in order,
 // and of the dynamic range from the one on that comes after the port given last.
 type hostPorts struct {
-	look        *look
-	req         *request
-	own         *reservations // What this daemon has on the same child address needs no look.
-	first, last int
-	dynamic     bool
-	cursor      *atomic.Int32 // cursor is the dynamic port that was given last.
+	walk
+	look    *look
+	req     *request
+	own     *reservations // What this daemon has on the same child address needs no look.
+	dynamic bool
+	cursor  *atomic.Int32 // cursor is the dynamic port that was given last.
 
-	at       int     // at is the next port to look at.
-	done     portSet // done has the ports that were given, or taken, or are not to be used.
-	tried    int     // tried is the number of ports looked at, or given.
-	row      int     // row is the number of taken ports in a row.
-	refusals int     // refusals is the number of the driver's.
-	unbound  int     // unbound is the number of ports that did not bind in the child.
-	taken    error   // taken is the last look that found a port taken.
+	row      int   // row is the number of taken ports in a row.
+	refusals int   // refusals is the number of the driver's.
+	unbound  int   // unbound is the number of ports that did not bind in the child.
+	taken    error // taken is the last look that found a port taken.
 }
 
 func newHostPorts(l *look, r *request, own *reservations, cursor *atomic.Int32) (*hostPorts, error) {
-	h := &hostPorts{look: l, req: r, own: own, first: r.first, last: r.last, dynamic: r.dynamic(), cursor: cursor}
+	h := &hostPorts{walk: walk{first: r.first, last: r.last}, look: l, req: r, own: own, dynamic: r.dynamic(), cursor: cursor}
 	if h.dynamic {
 		text := hostSetting(portRange)
 		first, last, _ := strings.Cut(text, "\t")
@@ -96,24 +92,11 @@ func (h *hostPorts) find() int {
 // step returns the next port to look at, or 0 if there are no more.
 func (h *hostPorts) step() int {
 	if h.row++; h.dynamic && h.row > jumpAfter {
+		h.row = 0
 		h.jump()
 	}
-	for range h.last - h.first + 1 {
-		port := h.at
-		if h.at++; h.at > h.last {
-			h.at = h.first
-		}
-		if !h.done.has(port) {
-			h.done.add(port)
-			h.tried++
-			return port
-		}
-	}
-	return 0
+	return h.walk.step()
 }
-
-// jump goes on at any other place.
-func (h *hostPorts) jump() { h.row, h.at = 0, h.first+rand.N(h.last-h.first+1) }
 
 func (h *hostPorts) refused(_, port int) {
 	limit, n := jumpAfterRefusals, &h.refusals

@@ -40,6 +40,14 @@ type rooms struct {
 	cursors map[types.Protocol]*atomic.Int32 // See hostPorts.
 }
 
+// opened returns the rooms, of which the zero PortMapper remembers nothing.
+func (pm PortMapper) opened() *rooms {
+	if pm.rooms != nil {
+		return pm.rooms
+	}
+	return &rooms{leases: newReservations()}
+}
+
 // Config is the configuration of a PortMapper.
 type Config struct {
 	// RlkClient speaks to RootlessKit's port driver. It is nil, or a nil pointer, when there is none to ask.
@@ -76,10 +84,7 @@ func (pm PortMapper) MapPorts(ctx context.Context, cfg []portmapperapi.PortBindi
 	if len(cfg) == 0 {
 		return nil, nil
 	}
-	m := pm.rooms
-	if m == nil {
-		m = &rooms{leases: newReservations()}
-	}
+	m := pm.opened()
 	r, err := newRequest(cfg, m.driver)
 	if err != nil {
 		return nil, err
@@ -99,7 +104,7 @@ func (pm PortMapper) MapPorts(ctx context.Context, cfg []portmapperapi.PortBindi
 	}
 	a, failed := s.run(ctx)
 	if failed != nil && s.view != nil && m.pasta != nil && !r.dynamic() && !r.fixed() && errors.Is(failed, unix.EADDRINUSE) {
-		s = search{req: r, driver: m.pasta.client(r, true), leases: m.leases, ports: newAllocatorPorts(r), view: s.view}
+		s = search{req: r, driver: &pastaClient{pasta: m.pasta, insist: true}, leases: m.leases, ports: newAllocatorPorts(r), view: s.view}
 		a, failed = s.run(ctx)
 	}
 	if failed != nil {
@@ -114,14 +119,9 @@ func (m *rooms) lookAtHost(ctx context.Context, s *search) {
 	if m.driver == nil && m.pasta == nil || m.cursors[r.proto] == nil || !hostInSight() {
 		return
 	}
-	s.view = &look{proto: r.proto, exclusive: m.pasta != nil}
+	s.view = &look{proto: r.proto, addrs: r.addrs, exclusive: m.pasta != nil}
 	if m.pasta != nil {
-		s.view.addrs, s.driver = pastaAddrs(), m.pasta.client(r, r.fixed())
-	} else {
-		s.view.addrs = s.view.few[:0]
-		for _, a := range r.addrs {
-			s.view.addrs = append(s.view.addrs, a.host)
-		}
+		s.view.addrs, s.driver = pastaAddrs(), &pastaClient{pasta: m.pasta, fixed: r.fixed(), insist: r.fixed()}
 	}
 	if r.dynamic() || 0 < r.first && r.first < r.last { // Of an invalid range, the allocator tells.
 		ports, err := newHostPorts(s.view, r, m.leases, m.cursors[r.proto])
@@ -159,10 +159,7 @@ func (m *rooms) explain(s *search, f *failure) error {
 // has not answered in time: those are logged, and their ports stay reserved until it has. How long it is
 // waited for, silence tells.
 func (pm PortMapper) UnmapPorts(_ context.Context, pbs []portmapperapi.PortBinding) error {
-	leases := newReservations()
-	if pm.rooms != nil {
-		leases = pm.rooms.leases
-	}
+	leases := pm.opened().leases
 	var errs []error
 	for _, pb := range pbs {
 		if pb.BoundSocket != nil {

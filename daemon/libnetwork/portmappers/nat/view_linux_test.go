@@ -204,7 +204,7 @@ func TestPrivilegedHostPorts(t *testing.T) {
 	assert.Check(t, is.ErrorContains(err, "from 1050 up"))
 
 	withoutCapability(t, unix.CAP_NET_BIND_SERVICE) // On this thread: those on the test's host have it.
-	l := look{proto: types.TCP, addrs: []netip.Addr{netip.IPv4Unspecified()}}
+	l := look{proto: types.TCP, addrs: []address{{host: netip.IPv4Unspecified()}}}
 	ports := []int{1000}
 	free, _ := l.find(func() int { p := ports[0]; ports = ports[1:]; return p })
 	assert.Check(t, is.Equal(free, 1000))
@@ -270,7 +270,7 @@ func TestDynamicPortsAllTakenInTheChild(t *testing.T) {
 
 // A search passes a block by jumping, and still finds the one port that is free.
 func TestOneFreeHostPort(t *testing.T) {
-	h := &hostPorts{first: 32768, last: 60999, dynamic: true, at: 32768}
+	h := &hostPorts{walk: walk{first: 32768, last: 60999, at: 32768}, dynamic: true}
 	free := 51234
 	seen := map[int]bool{}
 	for port := h.step(); port != free; port = h.step() {
