@@ -1,6 +1,7 @@
 package nat
 
 import (
+	"bytes"
 	"fmt"
 	"math/rand/v2"
 	"net/netip"
@@ -33,13 +34,8 @@ func netNSAt(path string) netNS {
 
 // hostInSight tells whether the process is on the host and the calling thread in the child namespace: the
 // host can be seen from another thread then.
-func hostInSight() bool {
-	stateDir := os.Getenv("ROOTLESSKIT_STATE_DIR")
-	if stateDir == "" || hostNetNS == (netNS{}) {
-		return false
-	}
-	here := netNSAt("/proc/thread-self/ns/net")
-	return here != hostNetNS && here != (netNS{}) && here == netNSAt(filepath.Join(stateDir, "netns"))
+func hostInSight(child netNS) bool {
+	return child != netNS{} && child != hostNetNS && child == netNSAt("/proc/thread-self/ns/net")
 }
 
 // onHost calls f on a thread of the host's network namespace, and returns false if it got none. All threads
@@ -187,19 +183,19 @@ const (
 )
 
 // hostSetting returns a setting, in one read: the kernel has no more to say at another offset, and cuts what
-// the buffer can't take.
-func hostSetting(name string) string {
-	for size := 64; ; size *= 16 {
-		buf := make([]byte, size)
-		if n, _ := settings()[name].ReadAt(buf, 0); n < size { // With an error.
-			return strings.TrimSpace(string(buf[:max(n, 0)]))
-		}
+// buf can't take. It makes another one then.
+func hostSetting(name string, buf []byte) []byte {
+	n, _ := settings()[name].ReadAt(buf, 0) // With an error.
+	for n == len(buf) {
+		buf = make([]byte, 16*len(buf))
+		n, _ = settings()[name].ReadAt(buf, 0)
 	}
+	return bytes.TrimSpace(buf[:n])
 }
 
 // hostUnprivileged returns the host's first port that takes no privilege, or 0.
 func hostUnprivileged() int {
-	port, _ := strconv.Atoi(hostSetting(unprivilegedStart))
+	port, _ := strconv.Atoi(string(hostSetting(unprivilegedStart, make([]byte, 64))))
 	return port
 }
 

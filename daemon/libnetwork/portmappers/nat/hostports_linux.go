@@ -2,6 +2,7 @@ package nat
 
 import (
 	"fmt"
+	"net/netip"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -38,14 +39,15 @@ type hostPorts struct {
 func newHostPorts(l *look, r *request, own *reservations, cursor *atomic.Int32) (*hostPorts, error) {
 	h := &hostPorts{walk: walk{first: r.first, last: r.last}, look: l, req: r, own: own, dynamic: r.dynamic(), cursor: cursor}
 	if h.dynamic {
-		text := hostSetting(portRange)
-		first, last, _ := strings.Cut(text, "\t")
+		var buf [64]byte
+		text := hostSetting(portRange, buf[:])
+		first, last, _ := strings.Cut(string(text), "\t")
 		h.first, _ = strconv.Atoi(first)
 		h.last, _ = strconv.Atoi(last)
 		if h.first < 1 || h.last > 65535 || h.last < h.first {
-			return nil, fmt.Errorf("%s is %q: want two ports", portRange, text)
+			return nil, fmt.Errorf("%s is %q: want two ports", portRange, string(text))
 		}
-		h.done.parse(hostSetting(reservedPorts))
+		h.done.parse(string(hostSetting(reservedPorts, buf[:])))
 		h.at = int(cursor.Load()) + 1
 	}
 	if h.at < h.first || h.at > h.last {
@@ -55,20 +57,11 @@ func newHostPorts(l *look, r *request, own *reservations, cursor *atomic.Int32) 
 }
 
 func (h *hostPorts) next() (first, last int, ok bool) {
-	port := 0
+	var port int
 	if h.tried == 0 {
 		port = h.step() // Without a look: it is free as a rule, and to look takes another thread.
 	} else if h.refusals < maxRefusals || !h.dynamic {
-		h.own.each(func(p childPort) {
-			for i := range h.req.addrs {
-				if p == h.req.childPort(i, int(p.at.Port())) {
-					h.done.add(int(p.at.Port()))
-				}
-			}
-		})
-		if !onHost(func() { port = h.find() }) {
-			port = h.step() // The port driver will see.
-		}
+		port = h.find()
 	}
 	if h.row = 0; h.dynamic && port != 0 {
 		h.cursor.Store(int32(port))
@@ -76,13 +69,25 @@ func (h *hostPorts) next() (first, last int, ok bool) {
 	return port, port, port != 0
 }
 
-// find looks for a free port, on the host.
-func (h *hostPorts) find() int {
-	var before, last int
-	free, addr := h.look.find(func() int {
-		before, last = last, h.step()
-		return last
+// find looks for a port that is free on the host.
+func (h *hostPorts) find() (free int) {
+	h.own.each(func(p childPort) {
+		for i := range h.req.addrs {
+			if p == h.req.childPort(i, int(p.at.Port())) {
+				h.done.add(int(p.at.Port()))
+			}
+		}
 	})
+	var addr netip.Addr
+	var before, last int
+	if !onHost(func() {
+		free, addr = h.look.find(func() int {
+			before, last = last, h.step()
+			return last
+		})
+	}) {
+		return h.step() // The port driver will see.
+	}
 	if addr.IsValid() {
 		h.taken = &hostRefusal{addr, before, h.look.proto, listenError(h.look.proto, addr, before, unix.EADDRINUSE)}
 	}

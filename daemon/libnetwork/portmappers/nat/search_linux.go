@@ -42,7 +42,7 @@ type search struct {
 	driver PortDriverClient // nil: nobody is asked.
 	leases *reservations
 	ports  source
-	view   *look // nil: the host can't be seen.
+	view   look // Without addresses: the host can't be seen.
 
 	tries    int
 	unclears int
@@ -114,7 +114,7 @@ func (s *search) refused(a *attempt, err error, one bool) verdict {
 
 	limit := s.limit()
 	c := causeOf(err, limit)
-	if r := (*hostRefusal)(nil); s.view != nil && c == unclear && errors.As(err, &r) {
+	if r := (*hostRefusal)(nil); s.view.addrs != nil && c == unclear && errors.As(err, &r) {
 		onHost(func() {
 			if seen := s.view.refusal(r.host, r.port); seen != nil {
 				r.err = fmt.Errorf("%w: %w", r.err, seen)
@@ -136,7 +136,7 @@ func (s *search) refused(a *attempt, err error, one bool) verdict {
 
 // limit returns the host's first port that takes no privilege, or 0 if it can't be seen.
 func (s *search) limit() int {
-	if s.view == nil {
+	if s.view.addrs == nil {
 		return 0
 	}
 	return hostUnprivileged()

@@ -292,7 +292,7 @@ func TestLongListOfReservedPorts(t *testing.T) {
 	}
 	setSysctl(t, "ip_local_reserved_ports", strings.Join(list, ","))
 	var reserved portSet
-	reserved.parse(hostSetting(reservedPorts))
+	reserved.parse(string(hostSetting(reservedPorts, make([]byte, 64))))
 	for port := 40000; port < 42000; port++ {
 		assert.Check(t, is.Equal(reserved.has(port), port%2 == 0), port)
 	}
@@ -324,36 +324,39 @@ func TestWhatASlirpShrugMeans(t *testing.T) {
 	assert.Check(t, is.Equal(f.calls, 4))
 }
 
+// seesHost tells whether a mapper that is made here sees the host.
+func seesHost() bool { return hostInSight(NewPortMapper(Config{}).rooms.child) }
+
 func TestNoView(t *testing.T) {
 	t.Run("the caller is not in the child", func(t *testing.T) {
 		f := newFake(t)
 		inChild(t)
-		assert.Check(t, hostInSight())
+		assert.Check(t, seesHost())
 		fd, err := unix.Open("/proc/self/ns/net", unix.O_RDONLY|unix.O_CLOEXEC, 0)
 		assert.NilError(t, err)
 		defer unix.Close(fd)
 		assert.NilError(t, unix.Setns(fd, unix.CLONE_NEWNET))
-		assert.Check(t, !hostInSight())
+		assert.Check(t, !seesHost())
 		published(t, f, ask(types.TCP, 0, 0, "0.0.0.0"))
 	})
 	t.Run("the caller is in a third namespace", func(t *testing.T) {
 		inChild(t)
 		assert.NilError(t, unix.Unshare(unix.CLONE_NEWNET))
-		assert.Check(t, hostInSight()) // The test's link follows the thread.
+		assert.Check(t, seesHost()) // The test's link follows the thread.
 		t.Setenv("ROOTLESSKIT_STATE_DIR", t.TempDir())
 		assert.NilError(t, os.Symlink("/proc/1/ns/net", filepath.Join(os.Getenv("ROOTLESSKIT_STATE_DIR"), "netns")))
-		assert.Check(t, !hostInSight())
+		assert.Check(t, !seesHost())
 	})
 	t.Run("no detached namespace", func(t *testing.T) {
 		inChild(t)
 		t.Setenv("ROOTLESSKIT_STATE_DIR", t.TempDir())
-		assert.Check(t, !hostInSight())
+		assert.Check(t, !seesHost())
 	})
 	t.Run("SCTP", func(t *testing.T) {
 		inChild(t)
 		s := search{req: &request{proto: types.SCTP}}
-		(&rooms{driver: newFake(t)}).lookAtHost(context.Background(), &s)
-		assert.Check(t, s.view == nil)
+		NewPortMapper(Config{RlkClient: newFake(t)}).rooms.lookAtHost(context.Background(), &s)
+		assert.Check(t, s.view.addrs == nil)
 	})
 	t.Run("an invalid range", func(t *testing.T) {
 		f := newHostFake(t)
@@ -435,7 +438,7 @@ func TestSettings(t *testing.T) {
 	for port, want := range map[int]bool{0: false, 1: false, 8079: false, 8080: true, 8081: false, 8999: false, 9000: true, 9010: true, 9011: false, 65535: true} {
 		assert.Check(t, is.Equal(set.has(port), want), port)
 	}
-	assert.Check(t, is.Equal(hostSetting("nothing"), ""))
+	assert.Check(t, is.Len(hostSetting("nothing", make([]byte, 64)), 0))
 }
 
 // A range that can't be understood costs the look, no more.
