@@ -62,11 +62,7 @@ func (s *search) run(ctx context.Context) (*attempt, *failure) {
 	}()
 	for start := time.Now(); ; {
 		first, last, ok := s.ports.next()
-		switch err := ctx.Err(); {
-		case err != nil && (s.driver != nil || s.tries > 0):
-			return nil, s.failure("then its caller gave up", err)
-		case s.tries > 0 && time.Since(start) >= searchTime:
-			return nil, s.failure(fmt.Sprintf("none was had in %s", searchTime), nil)
+		switch {
 		case !ok && s.req.fixed():
 			return nil, s.failure("", nil)
 		case !ok:
@@ -87,13 +83,16 @@ func (s *search) run(ctx context.Context) (*attempt, *failure) {
 			l.WithFields(log.Fields{"attempt": s.tries, "verdict": verdict, "error": err}).Debug("Host port refused")
 		}
 		switch {
-		case ctx.Err() != nil: // For the next round to tell.
+		case ctx.Err() != nil:
+			return nil, s.failure("then its caller gave up", ctx.Err())
 		case verdict == no:
 			return nil, s.failure("", err)
 		case s.unbound >= maxUnbound:
 			return nil, s.failure(fmt.Sprintf("%d did not bind in the child", s.unbound), nil)
 		case s.unclears == maxUnclear:
 			return nil, s.failure(fmt.Sprintf("%d refusals do not say why", s.unclears), err)
+		case time.Since(start) >= searchTime:
+			return nil, s.failure(fmt.Sprintf("none was had in %s", searchTime), nil)
 		}
 	}
 }
