@@ -146,7 +146,7 @@ func BenchmarkListen(b *testing.B) {
 func BenchmarkRootful(b *testing.B) {
 	for _, n := range Addresses {
 		run(b, Rootful(n), func(b *testing.B) {
-			benchmarkNoRefusal(b, stockMapper(nil), berthMapper(nil), anyAddrs[:n], false)
+			benchmarkNoRefusal(b, []*publisher{{name: "stock", mapper: stockMapper(nil)}, {name: "berth", mapper: berthMapper(nil)}}, anyAddrs[:n])
 		})
 	}
 }
@@ -156,21 +156,22 @@ func BenchmarkRootful(b *testing.B) {
 func BenchmarkChild(b *testing.B) {
 	for _, n := range Addresses {
 		run(b, Child(n), func(b *testing.B) {
-			benchmarkNoRefusal(b, stockMapper(driver{}), berthMapper(driver{}), anyAddrs[:n], true)
+			benchmarkNoRefusal(b, withView(b, stockMapper(driver{}), driver{}), anyAddrs[:n])
 		})
 	}
 }
 
-// benchmarkNoRefusal publishes with stock, with Berth and, if asked for, with
-// Berth that sees the host, in turn, so that each meets the same machine. What
-// is measured is the median of MapPorts, that of UnmapPorts, and how many
-// objects MapPorts allocates.
-func benchmarkNoRefusal(b *testing.B, stock, berth portmapperapi.PortMapper, hostIPs []netip.Addr, withView bool) {
-	publishers := []*publisher{{name: "stock", mapper: stock}, {name: "berth", mapper: berth}}
-	if withView {
-		inChildWithView(b)
-		publishers = append(publishers, &publisher{name: "view", mapper: berth, stateDir: os.Getenv(stateDir)})
-	}
+// withView has stock, Berth and, in the child, Berth that sees the host.
+func withView(b *testing.B, stock portmapperapi.PortMapper, c nat.PortDriverClient) []*publisher {
+	berth := berthMapper(c)
+	inChildWithView(b)
+	return []*publisher{{name: "stock", mapper: stock}, {name: "berth", mapper: berth}, {name: "view", mapper: berthMapper(c)}}
+}
+
+// benchmarkNoRefusal has publishers publish in turn, so that each meets the same
+// machine. What is measured is the median of MapPorts, that of UnmapPorts, and
+// how many objects MapPorts allocates.
+func benchmarkNoRefusal(b *testing.B, publishers []*publisher, hostIPs []netip.Addr) {
 	for turn := 0; b.Loop(); turn++ {
 		for i := range publishers {
 			publishers[(turn+i)%len(publishers)].publish(b, hostIPs)
@@ -184,9 +185,8 @@ func benchmarkNoRefusal(b *testing.B, stock, berth portmapperapi.PortMapper, hos
 }
 
 type publisher struct {
-	name     string
-	mapper   portmapperapi.PortMapper
-	stateDir string // stateDir is RootlessKit's, for a view of the host.
+	name   string
+	mapper portmapperapi.PortMapper
 
 	publishes, removals []time.Duration
 }
@@ -197,7 +197,6 @@ func median(list []time.Duration) float64 {
 }
 
 func (p *publisher) publish(b *testing.B, hostIPs []netip.Addr) {
-	assert.NilError(b, os.Setenv(stateDir, p.stateDir))
 	reqs := request(0, 0, hostIPs...)
 	start := time.Now()
 	pbs, err := p.mapper.MapPorts(context.Background(), reqs)
@@ -213,7 +212,6 @@ func (p *publisher) publish(b *testing.B, hostIPs []netip.Addr) {
 // testing.AllocsPerRun does.
 func (p *publisher) objects(b *testing.B, hostIPs []netip.Addr) float64 {
 	const times = 100
-	assert.NilError(b, os.Setenv(stateDir, p.stateDir))
 	reqs := request(0, 0, hostIPs...)
 	var before, after runtime.MemStats
 	var sum uint64
@@ -281,16 +279,17 @@ func BenchmarkRootlessKit(b *testing.B) {
 	rlk := startRootlessKit(b)
 	for _, n := range Addresses {
 		run(b, NoRefusal(n), func(b *testing.B) {
-			benchmarkNoRefusal(b, stockMapper(rlk), berthMapper(rlk), anyAddrs[:n], true)
+			benchmarkNoRefusal(b, withView(b, stockMapper(rlk), rlk), anyAddrs[:n])
 		})
 	}
 	b.Run("Refusal", func(b *testing.B) { benchmarkRefusal(b, rlk) })
 	b.Run("Search", func(b *testing.B) { benchmarkSearch(b, rlk) })
 }
 
-// benchmarkRefusal is the cost of a refused port: of the bare request, and of
-// all that a search does about it. The search passes 500 held ports; what it
-// costs to publish the free one at last is in the figure.
+// benchmarkRefusal is the cost of a refused port in dockerd's place: of the bare
+// request, as stock makes it there, and of all that a search does about it. The
+// search passes 500 held ports; what it costs to publish the free one at last is
+// in the figure.
 func benchmarkRefusal(b *testing.B, rlk rootlessKit) {
 	const first, held = 20000, 500
 	var ports []int
@@ -299,6 +298,7 @@ func benchmarkRefusal(b *testing.B, rlk rootlessKit) {
 	}
 	hold(b, hostIP, ports)
 	run(b, BareRefusal, func(b *testing.B) {
+		inChild(b)
 		for b.Loop() {
 			if _, err := rlk.AddPort(context.Background(), "tcp", hostIP, childIP, first); err == nil {
 				b.Fatal("a held port was published")
@@ -307,6 +307,7 @@ func benchmarkRefusal(b *testing.B, rlk rootlessKit) {
 		b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N), "ns/refusal")
 	})
 	run(b, SearchRefusal, func(b *testing.B) {
+		inChild(b)
 		for b.Loop() {
 			mapAndUnmap(b, berthMapper(rlk), request(first, first+held, hostIP))
 		}

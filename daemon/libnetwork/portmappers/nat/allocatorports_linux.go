@@ -1,7 +1,6 @@
 package nat
 
 import (
-	"math/rand/v2"
 	"os"
 	"time"
 
@@ -18,18 +17,16 @@ const (
 // allocatorPorts is the source of the ports in the allocator's order: of a user's own range to its end, of
 // the dynamic range until it jumps.
 type allocatorPorts struct {
-	req         *request
-	first, last int
-	start       time.Time
-	tried       int
-	over        bool     // over is set when the allocator has no more.
-	held        []uint16 // held has the ports that were refused by the driver.
-	left        []uint16 // left has the ports to choose from, once it jumps.
+	walk
+	req   *request
+	start time.Time
+	over  bool // over is set when the allocator has no more.
+	jumps bool
 }
 
 // newAllocatorPorts takes the allocator's own range from where upstream tells it, though for tests only.
 func newAllocatorPorts(r *request) *allocatorPorts {
-	s := &allocatorPorts{req: r, first: r.first, last: r.last, start: time.Now()}
+	s := &allocatorPorts{req: r, walk: walk{first: r.first, last: r.last}, start: time.Now()}
 	if r.dynamic() {
 		first, last := portallocator.GetPortRange()
 		s.first, s.last = int(first), int(last)
@@ -38,47 +35,29 @@ func newAllocatorPorts(r *request) *allocatorPorts {
 }
 
 func (s *allocatorPorts) next() (first, last int, ok bool) {
-	if s.left == nil {
-		if s.over || s.tried > max(s.last-s.first, 0) {
-			return 0, 0, false
-		}
-		if !s.req.dynamic() || s.tried == 0 || s.tried < inOrder && time.Since(s.start) < inOrderTime {
-			return s.req.first, s.req.last, true
-		}
-		s.jump()
-	}
-	if len(s.left) == 0 {
+	switch {
+	case s.jumps:
+	case s.over || s.tried > max(s.last-s.first, 0):
 		return 0, 0, false
+	case !s.req.dynamic() || s.tried == 0 || s.tried < inOrder && time.Since(s.start) < inOrderTime:
+		return s.req.first, s.req.last, true
+	default:
+		s.jumps = true
+		// What the kernel reserves, the allocator leaves out of the range, but not one by one.
+		text, _ := os.ReadFile(reservedPorts)
+		s.done.parse(string(text))
 	}
-	i, n := rand.N(len(s.left)), len(s.left)-1
-	port := int(s.left[i])
-	s.left[i], s.left = s.left[n], s.left[:n]
-	return port, port, true
-}
-
-// jump collects what is left: without the ports that the kernel reserves, which the allocator leaves out of
-// the range, but not one by one.
-func (s *allocatorPorts) jump() {
-	text, _ := os.ReadFile(reservedPorts)
-	var out portSet
-	out.parse(string(text))
-	for _, port := range s.held {
-		out.add(int(port))
-	}
-	s.left = make([]uint16, 0, s.last-s.first+1)
-	for port := s.first; port <= s.last; port++ {
-		if !out.has(port) {
-			s.left = append(s.left, uint16(port))
-		}
-	}
+	s.jump()
+	port := s.step()
+	return port, port, port != 0
 }
 
 func (s *allocatorPorts) refused(n, port int) {
-	if s.over = n < 0; !s.over {
+	if s.over = n < 0; !s.over && !s.jumps {
 		s.tried += n
 	}
-	if s.left == nil && port != 0 {
-		s.held = append(s.held, uint16(port))
+	if port != 0 {
+		s.done.add(port)
 	}
 }
 

@@ -67,7 +67,7 @@ func one(d PortDriverClient, h *hanging, givesUp bool) subject {
 
 func ofPasta(fixed bool) subject {
 	p := &pasta{own: map[ownPort]ownBindings{}}
-	d := func() PortDriverClient { return p.client(&request{first: 1, last: 2}, fixed) }
+	d := func() PortDriverClient { return &pastaClient{pasta: p, insist: fixed} }
 	return subject{client: d, host: realHost{}, addrs: contractAddrs, port: contractPort}
 }
 

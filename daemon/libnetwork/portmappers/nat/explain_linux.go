@@ -6,46 +6,30 @@ import (
 	"fmt"
 	"net/netip"
 	"strings"
-
-	"github.com/moby/moby/v2/daemon/libnetwork/types"
 )
 
-// failure is how a search ended without a port.
+// failure is how a search ended without a port, and what else is known then.
 type failure struct {
-	how   string // how is what ended it, if it was not the last refusal by itself.
-	last  error  // last is the last refusal that is not this daemon's own, or the last one.
-	tried int    // tried is the number of ports that were asked for, or seen to be taken.
-	facts
-}
-
-func (f *failure) Error() string { return fmt.Sprintf("%s: %v", f.how, f.last) }
-func (f *failure) Unwrap() error { return f.last }
-
-// facts are what else is known where a search failed.
-type facts struct {
-	first, last int    // The ports that it went through.
+	req         *request
+	how         string // how is what ended it, if it was not the last refusal by itself.
+	last        error  // last is the last refusal that is not this daemon's own, or the last one.
+	tried       int    // tried is the number of ports that were asked for, or seen to be taken.
+	first, end  int    // The ports that it went through.
 	limit       int    // The host's ip_unprivileged_port_start, or 0.
 	holder      string // Who has the fixed port, or "".
 	rootlessKit string // RootlessKit's program.
 }
 
-// told is an error in other words.
-type told struct {
-	text string
-	error
-}
+func (f *failure) Unwrap() error { return f.last }
 
-func (t *told) Error() string { return t.text }
-func (t *told) Unwrap() error { return t.error }
-
-// explain says what could not be published, why, and what can be done about it, in one line.
-func explain(f *failure, r *request) error {
-	ports := fmt.Sprintf("host port %d", f.facts.first)
+// Error says what could not be published, why, and what can be done about it, in one line.
+func (f *failure) Error() string {
+	r, ports := f.req, fmt.Sprintf("host port %d", f.first)
 	switch {
 	case r.dynamic():
-		ports = fmt.Sprintf("a dynamic host port (%d-%d)", f.facts.first, f.facts.last)
+		ports = fmt.Sprintf("a dynamic host port (%d-%d)", f.first, f.end)
 	case !r.fixed():
-		ports = fmt.Sprintf("a host port in %d-%d", f.facts.first, f.facts.last)
+		ports = fmt.Sprintf("a host port in %d-%d", f.first, f.end)
 	}
 	how, who := f.how, f.holder
 	if how != "" {
@@ -55,15 +39,12 @@ func explain(f *failure, r *request) error {
 		who = fmt.Sprintf("; %s has it", who)
 	}
 	cause, host := f.last.Error(), (*hostRefusal)(nil)
-	if errors.As(f.last, &host) {
-		// Most drivers say themselves which port it is.
-		if at := netip.AddrPortFrom(host.host, uint16(host.port)).String(); r.fixed() && strings.Contains(host.err.Error(), at) {
-			cause = host.err.Error()
-		}
+	if r.fixed() && errors.As(f.last, &host) && strings.Contains(host.err.Error(), netip.AddrPortFrom(host.host, uint16(host.port)).String()) {
+		cause = host.err.Error() // Most drivers say themselves which port it is.
 	}
 	text := fmt.Sprintf("cannot publish container port %d/%s on %s of %s: %s%s%s%s",
-		r.container, r.proto, ports, r.on(), how, cause, who, advice(f.last, r, f.facts))
-	return &told{strings.Join(strings.Fields(text), " "), f.last}
+		r.container, r.proto, ports, r.on(), how, cause, who, f.advice())
+	return strings.Join(strings.Fields(text), " ")
 }
 
 // remedies are what can be done about a cause, where that does not depend on more.
@@ -75,27 +56,23 @@ var remedies = [...]string{
 	unreached: "; see whether RootlessKit is running, and restart the rootless daemon",
 }
 
-// advice is what can be done about err: "", or with a "; " before it.
-func advice(err error, r *request, known facts) string {
+// advice is what can be done about it: "", or with a "; " before it.
+func (f *failure) advice() string {
 	const publishAnother, orAnother = "publish another host port, or 0 for any free one", ", or publish another (0: any)"
+	r, err, port, host, child := f.req, f.last, f.first, (*hostRefusal)(nil), (*childRefusal)(nil)
 	if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
 		return ""
 	}
-	port, host, child := known.first, (*hostRefusal)(nil), (*childRefusal)(nil)
 	if errors.As(err, &host) {
 		port = host.port
 	}
-	protocol := "t"
-	if r.proto == types.UDP {
-		protocol = "u"
-	}
-	who := fmt.Sprintf("(sudo ss -l%snp 'sport = :%d')", protocol, port)
-	limit, c, text := limitOf(err, known.limit), causeOf(err, known.limit), err.Error()
+	who := fmt.Sprintf("(sudo ss -l%.1snp 'sport = :%d')", r.proto, port)
+	limit, c, text := limitOf(err, f.limit), causeOf(err, f.limit), err.Error()
 	switch {
 	case strings.Contains(text, "ip_local_reserved_ports"):
 		return "; have the host reserve fewer, or publish a port by its number"
-	case c == inUse && r.dynamic() && known.limit != 0: // The range is the host's.
-		return fmt.Sprintf("; widen the range (sudo sysctl -w net.ipv4.ip_local_port_range='%d 65535')", max(limit, known.first/2))
+	case c == inUse && r.dynamic() && f.limit != 0: // The range is the host's.
+		return fmt.Sprintf("; widen the range (sudo sysctl -w net.ipv4.ip_local_port_range='%d 65535')", max(limit, f.first/2))
 	case c == inUse && r.dynamic():
 		return "; publish other ports"
 	case c == inUse && errors.As(err, &child):
@@ -107,7 +84,7 @@ func advice(err error, r *request, known facts) string {
 	case c == ours:
 		return "; stop the container that has it (if none: restart the rootless daemon, whose RootlessKit has it)" + orAnother
 	case c == privileged && strings.Contains(text, "ip_unprivileged_port_start="): // RootlessKit says so.
-		return fmt.Sprintf("; publish a port from %d up, or sudo setcap cap_net_bind_service=ep %s and restart the daemon", limit, known.rootlessKit)
+		return fmt.Sprintf("; publish a port from %d up, or sudo setcap cap_net_bind_service=ep %s and restart the daemon", limit, f.rootlessKit)
 	case c == privileged || c == unclear && host != nil && port < limit: // slirp4netns doesn't say.
 		return fmt.Sprintf("; publish a port from %d up, or sudo sysctl -w net.ipv4.ip_unprivileged_port_start=%d", limit, port)
 	case c == unclear && strings.Contains(text, "permission denied"):

@@ -28,14 +28,14 @@ func TestWhatPeopleAreTold(t *testing.T) {
 		f           failure
 		want        string
 	}{
-		{8080, 8080, failure{last: on(8080, "listen tcp4 0.0.0.0:8080: bind: address already in use"), facts: facts{limit: 1024, holder: "another user's process"}}, "cannot publish container port 80/tcp on host port 8080 of 0.0.0.0, [::]: error while calling RootlessKit PortManager.AddPort(): listen tcp4 0.0.0.0:8080: bind: address already in use; another user's process has it; stop what holds it (sudo ss -ltnp 'sport = :8080'), or publish another (0: any)"},
+		{8080, 8080, failure{last: on(8080, "listen tcp4 0.0.0.0:8080: bind: address already in use"), limit: 1024, holder: "another user's process"}, "cannot publish container port 80/tcp on host port 8080 of 0.0.0.0, [::]: error while calling RootlessKit PortManager.AddPort(): listen tcp4 0.0.0.0:8080: bind: address already in use; another user's process has it; stop what holds it (sudo ss -ltnp 'sport = :8080'), or publish another (0: any)"},
 		{8080, 8080, failure{last: on(8080, "conflict with ID 7")}, "cannot publish container port 80/tcp on host port 8080 of 0.0.0.0, [::]: host port 0.0.0.0:8080/tcp: error while calling RootlessKit PortManager.AddPort(): conflict with ID 7; stop the container that has it (if none: restart the rootless daemon, whose RootlessKit has it), or publish another (0: any)"},
 		{8080, 8080, failure{last: &childRefusal{8080, errors.New("Bind for 0.0.0.0:8080 failed: port is already allocated")}}, "cannot publish container port 80/tcp on host port 8080 of 0.0.0.0, [::]: child namespace: Bind for 0.0.0.0:8080 failed: port is already allocated; stop the container that has it, or publish another host port, or 0 for any free one"},
 		{80, 80, failure{last: on(80, privileged)}, "cannot publish container port 80/tcp on host port 80 of 0.0.0.0, [::]: error while calling RootlessKit PortManager.AddPort(): cannot expose privileged port 80, you can add 'net.ipv4.ip_unprivileged_port_start=80' to /etc/sysctl.conf (currently 1024), or set CAP_NET_BIND_SERVICE on rootlesskit binary, or choose a larger port number (>= 1024): listen tcp4 0.0.0.0:80: bind: permission denied; publish a port from 1024 up, or sudo setcap cap_net_bind_service=ep /usr/bin/rootlesskit and restart the daemon"},
 		{80, 80, failure{last: on(80, slirpShrug)}, "cannot publish container port 80/tcp on host port 80 of 0.0.0.0, [::]: host port 0.0.0.0:80/tcp: error while calling RootlessKit PortManager.AddPort(): reply.Error: map[desc:bad request: add_hostfwd: slirp_add_hostfwd failed]; publish a port from 1024 up, or sudo sysctl -w net.ipv4.ip_unprivileged_port_start=80"},
 		{80, 80, failure{last: on(80, "failed to expose port: listen tcp 0.0.0.0:80: bind: permission denied")}, "cannot publish container port 80/tcp on host port 80 of 0.0.0.0, [::]: error while calling RootlessKit PortManager.AddPort(): failed to expose port: listen tcp 0.0.0.0:80: bind: permission denied; publish a port from 1024 up, or sudo sysctl -w net.ipv4.ip_unprivileged_port_start=80"},
 		{8080, 8080, failure{last: on(8080, slirpShrug)}, "cannot publish container port 80/tcp on host port 8080 of 0.0.0.0, [::]: host port 0.0.0.0:8080/tcp: error while calling RootlessKit PortManager.AddPort(): reply.Error: map[desc:bad request: add_hostfwd: slirp_add_hostfwd failed]; see who has it (sudo ss -ltnp 'sport = :8080'), or publish another (0: any)"},
-		{8080, 8080, failure{last: on(8080, "listen tcp4 0.0.0.0:8080: bind: permission denied"), facts: facts{limit: 1024}}, "cannot publish container port 80/tcp on host port 8080 of 0.0.0.0, [::]: error while calling RootlessKit PortManager.AddPort(): listen tcp4 0.0.0.0:8080: bind: permission denied; it takes no privilege: a policy denies it (SELinux, AppArmor: sudo journalctl -k)"},
+		{8080, 8080, failure{last: on(8080, "listen tcp4 0.0.0.0:8080: bind: permission denied"), limit: 1024}, "cannot publish container port 80/tcp on host port 8080 of 0.0.0.0, [::]: error while calling RootlessKit PortManager.AddPort(): listen tcp4 0.0.0.0:8080: bind: permission denied; it takes no privilege: a policy denies it (SELinux, AppArmor: sudo journalctl -k)"},
 		{8080, 8080, failure{last: on(8080, "listen tcp4 192.0.2.9:8080: bind: cannot assign requested address")}, "cannot publish container port 80/tcp on host port 8080 of 0.0.0.0, [::]: host port 0.0.0.0:8080/tcp: error while calling RootlessKit PortManager.AddPort(): listen tcp4 192.0.2.9:8080: bind: cannot assign requested address; publish on an address that the host has (ip address)"},
 		{8080, 8080, failure{last: on(8080, "listen tcp 0.0.0.0:8080: bind: An attempt was made to access a socket in a way forbidden by its access permissions.")}, "cannot publish container port 80/tcp on host port 8080 of 0.0.0.0, [::]: error while calling RootlessKit PortManager.AddPort(): listen tcp 0.0.0.0:8080: bind: An attempt was made to access a socket in a way forbidden by its access permissions.; publish a port that the host does not reserve"},
 		{8080, 8080, failure{last: on(8080, "unsupported port protocol sctp4")}, "cannot publish container port 80/tcp on host port 8080 of 0.0.0.0, [::]: host port 0.0.0.0:8080/tcp: error while calling RootlessKit PortManager.AddPort(): unsupported port protocol sctp4; use another protocol or host address, or another port driver (DOCKERD_ROOTLESS_ROOTLESSKIT_PORT_DRIVER)"},
@@ -50,15 +50,12 @@ func TestWhatPeopleAreTold(t *testing.T) {
 		{80, 90, failure{how: "and none can be had", tried: 11, last: on(90, privileged)}, "cannot publish container port 80/tcp on a host port in 80-90 of 0.0.0.0, [::]: 11 tried, and none can be had: host port 0.0.0.0:90/tcp: error while calling RootlessKit PortManager.AddPort(): cannot expose privileged port 80, you can add 'net.ipv4.ip_unprivileged_port_start=80' to /etc/sysctl.conf (currently 1024), or set CAP_NET_BIND_SERVICE on rootlesskit binary, or choose a larger port number (>= 1024): listen tcp4 0.0.0.0:80: bind: permission denied; publish a port from 1024 up, or sudo setcap cap_net_bind_service=ep /usr/bin/rootlesskit and restart the daemon"},
 		{8000, 8010, failure{how: "none was had in 2s", tried: 5, last: &childRefusal{8010, fmt.Errorf("failed to bind host port 0.0.0.0:8010/tcp: %w", syscall.EADDRINUSE)}}, "cannot publish container port 80/tcp on a host port in 8000-8010 of 0.0.0.0, [::]: 5 tried, none was had in 2s: child namespace: failed to bind host port 0.0.0.0:8010/tcp: address already in use; publish another host port, or 0 for any free one"},
 	} {
-		if tc.f.first = tc.first; tc.first == 0 {
-			tc.f.first, tc.last = 32768, 60999
+		err := &tc.f
+		err.req = &request{proto: types.TCP, container: 80, first: tc.first, last: tc.last, addrs: []address{{host: any4}, {host: any6}}}
+		if err.first, err.end = tc.first, tc.last; tc.first == 0 {
+			err.first, err.end = 32768, 60999
 		}
-		tc.f.facts.last, tc.f.rootlessKit = tc.last, "/usr/bin/rootlesskit"
-		r := &request{proto: types.TCP, container: 80, first: tc.first, last: tc.last, addrs: []address{{host: any4}, {host: any6}}}
-		if tc.first == 0 {
-			r.last = 0
-		}
-		err := explain(&tc.f, r)
+		err.rootlessKit = "/usr/bin/rootlesskit"
 		assert.Check(t, is.Equal(err.Error(), tc.want))
 		assert.Check(t, errors.Is(err, tc.f.last))
 		if len(tc.f.last.Error()) < 140 { // RootlessKit's own words may take up more.
@@ -72,26 +69,27 @@ func TestAdvice(t *testing.T) {
 	at := func(port int, text string) error { return &hostRefusal{port: port, err: errors.New(text)} }
 	one := &request{proto: types.TCP, first: 1, last: 1}
 	for _, tc := range []struct {
-		err   error
-		r     *request
-		known facts
-		want  string
+		err  error
+		r    *request
+		f    failure
+		want string
 	}{
-		{at(80, "bind: address already in use"), &request{proto: types.UDP, first: 80, last: 80}, facts{}, "(sudo ss -lunp 'sport = :80')"},
-		{at(443, "(currently 500): permission denied"), one, facts{}, "from 500 up"},
-		{at(443, "(currently 80): permission denied"), one, facts{}, "a policy denies it"},
-		{at(1040, "permission denied"), one, facts{limit: 1050}, "from 1050 up"},
-		{at(1040, "permission denied"), one, facts{limit: 1040}, "a policy denies it"},
-		{at(60999, "bind: address already in use"), &request{proto: types.TCP}, facts{first: 32768, last: 60999, limit: 1024}, "ip_local_port_range='16384 65535'"},
-		{at(1999, "bind: address already in use"), &request{proto: types.TCP}, facts{first: 1500, last: 1999, limit: 1024}, "ip_local_port_range='1024 65535'"},
-		{errors.New("invalid port range: 0-65535"), one, facts{}, ""},
-		{at(8080, "invalid IP: 1.2.3"), one, facts{}, ""},
-		{context.Canceled, one, facts{}, ""},
+		{at(80, "bind: address already in use"), &request{proto: types.UDP, first: 80, last: 80}, failure{}, "(sudo ss -lunp 'sport = :80')"},
+		{at(443, "(currently 500): permission denied"), one, failure{}, "from 500 up"},
+		{at(443, "(currently 80): permission denied"), one, failure{}, "a policy denies it"},
+		{at(1040, "permission denied"), one, failure{limit: 1050}, "from 1050 up"},
+		{at(1040, "permission denied"), one, failure{limit: 1040}, "a policy denies it"},
+		{at(60999, "bind: address already in use"), &request{proto: types.TCP}, failure{first: 32768, end: 60999, limit: 1024}, "ip_local_port_range='16384 65535'"},
+		{at(1999, "bind: address already in use"), &request{proto: types.TCP}, failure{first: 1500, end: 1999, limit: 1024}, "ip_local_port_range='1024 65535'"},
+		{errors.New("invalid port range: 0-65535"), one, failure{}, ""},
+		{at(8080, "invalid IP: 1.2.3"), one, failure{}, ""},
+		{context.Canceled, one, failure{}, ""},
 	} {
-		got := advice(tc.err, tc.r, tc.known)
+		tc.f.last, tc.f.req = tc.err, tc.r
+		got := tc.f.advice()
 		assert.Check(t, is.Contains(got, tc.want), tc.err)
 		assert.Check(t, is.Equal(got == "", tc.want == ""), "%v: %q", tc.err, got)
 	}
-	err := explain(&failure{last: at(8080, "pesto failed: exit status 1\n\tno such rule\n")}, one)
+	err := &failure{req: one, last: at(8080, "pesto failed: exit status 1\n\tno such rule\n")}
 	assert.Check(t, is.Contains(err.Error(), "exit status 1 no such rule"))
 }

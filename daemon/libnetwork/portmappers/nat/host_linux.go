@@ -1,7 +1,9 @@
 package nat
 
 import (
+	"bytes"
 	"fmt"
+	"math/rand/v2"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -10,6 +12,7 @@ import (
 	"strings"
 	"sync"
 
+	ports "github.com/docker/go-connections/nat"
 	"github.com/moby/moby/v2/daemon/libnetwork/types"
 	"golang.org/x/sys/unix"
 )
@@ -31,13 +34,8 @@ func netNSAt(path string) netNS {
 
 // hostInSight tells whether the process is on the host and the calling thread in the child namespace: the
 // host can be seen from another thread then.
-func hostInSight() bool {
-	stateDir := os.Getenv("ROOTLESSKIT_STATE_DIR")
-	if stateDir == "" || hostNetNS == (netNS{}) {
-		return false
-	}
-	here := netNSAt("/proc/thread-self/ns/net")
-	return here != hostNetNS && here != (netNS{}) && here == netNSAt(filepath.Join(stateDir, "netns"))
+func hostInSight(child netNS) bool {
+	return child != netNS{} && child != hostNetNS && child == netNSAt("/proc/thread-self/ns/net")
 }
 
 // onHost calls f on a thread of the host's network namespace, and returns false if it got none. All threads
@@ -69,8 +67,7 @@ func rootlessKit() string {
 // look is a look at ports of one protocol on the host, by binding sockets there as a port driver would.
 type look struct {
 	proto types.Protocol
-	addrs []netip.Addr
-	few   [2]netip.Addr // As a rule, these are enough.
+	addrs []address
 	// exclusive leaves out SO_REUSEADDR: a port that is kept by a socket which doesn't listen is taken, too.
 	exclusive bool
 }
@@ -90,16 +87,16 @@ func (l *look) find(next func() int) (free int, taken netip.Addr) {
 	defer drop()
 ports:
 	for free = next(); free != 0; free = next() {
-		for n, addr := range l.addrs {
+		for n, a := range l.addrs {
 			if n == len(fds) {
-				fd, err := socket(l.proto, addr, !l.exclusive)
+				fd, err := socket(l.proto, a.host, !l.exclusive)
 				if err != nil {
 					return free, taken
 				}
 				fds = append(fds, fd)
 			}
-			if unix.Bind(fds[n], sockaddr(addr, free)) == unix.EADDRINUSE {
-				if taken = addr; n > 0 { // The first n are bound.
+			if unix.Bind(fds[n], sockaddr(a.host, free)) == unix.EADDRINUSE {
+				if taken = a.host; n > 0 { // The first n are bound.
 					drop()
 				}
 				continue ports
@@ -186,21 +183,48 @@ const (
 )
 
 // hostSetting returns a setting, in one read: the kernel has no more to say at another offset, and cuts what
-// the buffer can't take.
-func hostSetting(name string) string {
-	for size := 64; ; size *= 16 {
-		buf := make([]byte, size)
-		if n, _ := settings()[name].ReadAt(buf, 0); n < size { // With an error.
-			return strings.TrimSpace(string(buf[:max(n, 0)]))
-		}
+// buf can't take. It makes another one then.
+func hostSetting(name string, buf []byte) []byte {
+	n, _ := settings()[name].ReadAt(buf, 0) // With an error.
+	for n == len(buf) {
+		buf = make([]byte, 16*len(buf))
+		n, _ = settings()[name].ReadAt(buf, 0)
 	}
+	return bytes.TrimSpace(buf[:n])
 }
 
 // hostUnprivileged returns the host's first port that takes no privilege, or 0.
 func hostUnprivileged() int {
-	port, _ := strconv.Atoi(hostSetting(unprivilegedStart))
+	port, _ := strconv.Atoi(string(hostSetting(unprivilegedStart, make([]byte, 64))))
 	return port
 }
+
+// walk goes through the ports of a range, each of them once.
+type walk struct {
+	first, last int
+	at          int     // at is the next port, unless it is done.
+	done        portSet // done has the ports that were passed, or are not to be used.
+	tried       int     // tried is the number of those that were passed.
+}
+
+// step returns the next port, or 0 if there are no more.
+func (w *walk) step() int {
+	for range w.last - w.first + 1 {
+		port := w.at
+		if w.at++; w.at > w.last {
+			w.at = w.first
+		}
+		if !w.done.has(port) {
+			w.done.add(port)
+			w.tried++
+			return port
+		}
+	}
+	return 0
+}
+
+// jump goes on at any other place.
+func (w *walk) jump() { w.at = w.first + rand.N(w.last-w.first+1) }
 
 // portSet has a bit for each port.
 type portSet [65536 / 64]uint64
@@ -211,14 +235,9 @@ func (s *portSet) add(port int) { s[port/64] |= 1 << (port % 64) }
 
 // parse adds "8080,9000-9010" to the set. What can't be understood is left out.
 func (s *portSet) parse(text string) {
-	for part := range strings.SplitSeq(strings.TrimSpace(text), ",") {
-		a, b, isRange := strings.Cut(part, "-")
-		if !isRange {
-			b = a
-		}
-		first, err := strconv.ParseUint(a, 10, 16)
-		last, err2 := strconv.ParseUint(b, 10, 16)
-		for ; err == nil && err2 == nil && first <= last; first++ {
+	for part := range strings.FieldsFuncSeq(text, func(r rune) bool { return r == ',' || r == '\n' }) {
+		first, last, err := ports.ParsePortRange(part)
+		for ; err == nil && first <= last; first++ {
 			s.add(int(first))
 		}
 	}

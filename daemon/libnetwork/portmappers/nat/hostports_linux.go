@@ -2,7 +2,7 @@ package nat
 
 import (
 	"fmt"
-	"math/rand/v2"
+	"net/netip"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -23,33 +23,31 @@ const (
 // hostPorts is the source of the ports that are free on the host, one by one: of a user's own range in order,
 // and of the dynamic range from the one on that comes after the port given last.
 type hostPorts struct {
-	look        *look
-	req         *request
-	own         *reservations // What this daemon has on the same child address needs no look.
-	first, last int
-	dynamic     bool
-	cursor      *atomic.Int32 // cursor is the dynamic port that was given last.
+	walk
+	look    *look
+	req     *request
+	own     *reservations // What this daemon has on the same child address needs no look.
+	dynamic bool
+	cursor  *atomic.Int32 // cursor is the dynamic port that was given last.
 
-	at       int     // at is the next port to look at.
-	done     portSet // done has the ports that were given, or taken, or are not to be used.
-	tried    int     // tried is the number of ports looked at, or given.
-	row      int     // row is the number of taken ports in a row.
-	refusals int     // refusals is the number of the driver's.
-	unbound  int     // unbound is the number of ports that did not bind in the child.
-	taken    error   // taken is the last look that found a port taken.
+	row      int   // row is the number of taken ports in a row.
+	refusals int   // refusals is the number of the driver's.
+	unbound  int   // unbound is the number of ports that did not bind in the child.
+	taken    error // taken is the last look that found a port taken.
 }
 
 func newHostPorts(l *look, r *request, own *reservations, cursor *atomic.Int32) (*hostPorts, error) {
-	h := &hostPorts{look: l, req: r, own: own, first: r.first, last: r.last, dynamic: r.dynamic(), cursor: cursor}
+	h := &hostPorts{walk: walk{first: r.first, last: r.last}, look: l, req: r, own: own, dynamic: r.dynamic(), cursor: cursor}
 	if h.dynamic {
-		text := hostSetting(portRange)
-		first, last, _ := strings.Cut(text, "\t")
+		var buf [64]byte
+		text := hostSetting(portRange, buf[:])
+		first, last, _ := strings.Cut(string(text), "\t")
 		h.first, _ = strconv.Atoi(first)
 		h.last, _ = strconv.Atoi(last)
 		if h.first < 1 || h.last > 65535 || h.last < h.first {
-			return nil, fmt.Errorf("%s is %q: want two ports", portRange, text)
+			return nil, fmt.Errorf("%s is %q: want two ports", portRange, string(text))
 		}
-		h.done.parse(hostSetting(reservedPorts))
+		h.done.parse(string(hostSetting(reservedPorts, buf[:])))
 		h.at = int(cursor.Load()) + 1
 	}
 	if h.at < h.first || h.at > h.last {
@@ -59,20 +57,11 @@ func newHostPorts(l *look, r *request, own *reservations, cursor *atomic.Int32) 
 }
 
 func (h *hostPorts) next() (first, last int, ok bool) {
-	port := 0
+	var port int
 	if h.tried == 0 {
 		port = h.step() // Without a look: it is free as a rule, and to look takes another thread.
 	} else if h.refusals < maxRefusals || !h.dynamic {
-		h.own.each(func(p childPort) {
-			for i := range h.req.addrs {
-				if p == h.req.childPort(i, int(p.at.Port())) {
-					h.done.add(int(p.at.Port()))
-				}
-			}
-		})
-		if !onHost(func() { port = h.find() }) {
-			port = h.step() // The port driver will see.
-		}
+		port = h.find()
 	}
 	if h.row = 0; h.dynamic && port != 0 {
 		h.cursor.Store(int32(port))
@@ -80,13 +69,25 @@ func (h *hostPorts) next() (first, last int, ok bool) {
 	return port, port, port != 0
 }
 
-// find looks for a free port, on the host.
-func (h *hostPorts) find() int {
-	var before, last int
-	free, addr := h.look.find(func() int {
-		before, last = last, h.step()
-		return last
+// find looks for a port that is free on the host.
+func (h *hostPorts) find() (free int) {
+	h.own.each(func(p childPort) {
+		for i := range h.req.addrs {
+			if p == h.req.childPort(i, int(p.at.Port())) {
+				h.done.add(int(p.at.Port()))
+			}
+		}
 	})
+	var addr netip.Addr
+	var before, last int
+	if !onHost(func() {
+		free, addr = h.look.find(func() int {
+			before, last = last, h.step()
+			return last
+		})
+	}) {
+		return h.step() // The port driver will see.
+	}
 	if addr.IsValid() {
 		h.taken = &hostRefusal{addr, before, h.look.proto, listenError(h.look.proto, addr, before, unix.EADDRINUSE)}
 	}
@@ -96,24 +97,11 @@ func (h *hostPorts) find() int {
 // step returns the next port to look at, or 0 if there are no more.
 func (h *hostPorts) step() int {
 	if h.row++; h.dynamic && h.row > jumpAfter {
+		h.row = 0
 		h.jump()
 	}
-	for range h.last - h.first + 1 {
-		port := h.at
-		if h.at++; h.at > h.last {
-			h.at = h.first
-		}
-		if !h.done.has(port) {
-			h.done.add(port)
-			h.tried++
-			return port
-		}
-	}
-	return 0
+	return h.walk.step()
 }
-
-// jump goes on at any other place.
-func (h *hostPorts) jump() { h.row, h.at = 0, h.first+rand.N(h.last-h.first+1) }
 
 func (h *hostPorts) refused(_, port int) {
 	limit, n := jumpAfterRefusals, &h.refusals

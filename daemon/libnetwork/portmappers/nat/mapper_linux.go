@@ -13,6 +13,7 @@ import (
 	"math/rand/v2"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"sync/atomic"
 
 	"github.com/containerd/log"
@@ -38,6 +39,15 @@ type rooms struct {
 	pasta   *pasta           // nil: RootlessKit's port driver is not "implicit".
 	leases  *reservations
 	cursors map[types.Protocol]*atomic.Int32 // See hostPorts.
+	child   netNS                            // RootlessKit's network namespace.
+}
+
+// opened returns the rooms, of which the zero PortMapper remembers nothing.
+func (pm PortMapper) opened() *rooms {
+	if pm.rooms != nil {
+		return pm.rooms
+	}
+	return &rooms{leases: newReservations()}
 }
 
 // Config is the configuration of a PortMapper.
@@ -48,13 +58,18 @@ type Config struct {
 
 // NewPortMapper returns a PortMapper that asks cfg.RlkClient for host ports.
 func NewPortMapper(cfg Config) PortMapper {
-	m := &rooms{leases: newReservations(), cursors: map[types.Protocol]*atomic.Int32{types.TCP: {}, types.UDP: {}}}
+	stateDir := os.Getenv("ROOTLESSKIT_STATE_DIR")
+	m := &rooms{
+		leases:  newReservations(),
+		cursors: map[types.Protocol]*atomic.Int32{types.TCP: {}, types.UDP: {}},
+		child:   netNSAt(filepath.Join(stateDir, "netns")),
+	}
 	// Upstream's client is a nil pointer where there is none to ask. Then, as no port driver's, its address
 	// for 0.0.0.0 in the child is that one.
 	any4 := netip.IPv4Unspecified()
 	if c := cfg.RlkClient; c != nil && c.ChildHostIP("tcp", any4) != any4 {
 		m.driver = &silence{PortDriverClient: &childIPs{PortDriverClient: c, byHost: map[netip.Addr]netip.Addr{}}}
-	} else if os.Getenv("ROOTLESSKIT_STATE_DIR") != "" && portDriverIsImplicit() {
+	} else if stateDir != "" && portDriverIsImplicit() {
 		m.pasta = &pasta{own: map[ownPort]ownBindings{}}
 		for _, c := range m.cursors {
 			c.Store(rand.Int32N(65536)) // Other daemons look at the same host.
@@ -76,10 +91,7 @@ func (pm PortMapper) MapPorts(ctx context.Context, cfg []portmapperapi.PortBindi
 	if len(cfg) == 0 {
 		return nil, nil
 	}
-	m := pm.rooms
-	if m == nil {
-		m = &rooms{leases: newReservations()}
-	}
+	m := pm.opened()
 	r, err := newRequest(cfg, m.driver)
 	if err != nil {
 		return nil, err
@@ -98,8 +110,8 @@ func (pm PortMapper) MapPorts(ctx context.Context, cfg []portmapperapi.PortBindi
 		m.leases.wait(ctx, r)
 	}
 	a, failed := s.run(ctx)
-	if failed != nil && s.view != nil && m.pasta != nil && !r.dynamic() && !r.fixed() && errors.Is(failed, unix.EADDRINUSE) {
-		s = search{req: r, driver: m.pasta.client(r, true), leases: m.leases, ports: newAllocatorPorts(r), view: s.view}
+	if failed != nil && s.view.addrs != nil && m.pasta != nil && !r.dynamic() && !r.fixed() && errors.Is(failed, unix.EADDRINUSE) {
+		s = search{req: r, driver: &pastaClient{pasta: m.pasta, insist: true}, leases: m.leases, ports: newAllocatorPorts(r), view: s.view}
 		a, failed = s.run(ctx)
 	}
 	if failed != nil {
@@ -111,20 +123,15 @@ func (pm PortMapper) MapPorts(ctx context.Context, cfg []portmapperapi.PortBindi
 // lookAtHost gives the search a view of the host, where that can be seen.
 func (m *rooms) lookAtHost(ctx context.Context, s *search) {
 	r := s.req
-	if m.driver == nil && m.pasta == nil || m.cursors[r.proto] == nil || !hostInSight() {
+	if m.driver == nil && m.pasta == nil || m.cursors[r.proto] == nil || !hostInSight(m.child) {
 		return
 	}
-	s.view = &look{proto: r.proto, exclusive: m.pasta != nil}
+	s.view = look{proto: r.proto, addrs: r.addrs, exclusive: m.pasta != nil}
 	if m.pasta != nil {
-		s.view.addrs, s.driver = pastaAddrs(), m.pasta.client(r, r.fixed())
-	} else {
-		s.view.addrs = s.view.few[:0]
-		for _, a := range r.addrs {
-			s.view.addrs = append(s.view.addrs, a.host)
-		}
+		s.view.addrs, s.driver = pastaAddrs(), &pastaClient{pasta: m.pasta, fixed: r.fixed(), insist: r.fixed()}
 	}
 	if r.dynamic() || 0 < r.first && r.first < r.last { // Of an invalid range, the allocator tells.
-		ports, err := newHostPorts(s.view, r, m.leases, m.cursors[r.proto])
+		ports, err := newHostPorts(&s.view, r, m.leases, m.cursors[r.proto])
 		if err != nil {
 			log.G(ctx).WithFields(log.Fields{"error": err}).Warn("The host's dynamic ports are not known: asking for the child's")
 			return
@@ -142,7 +149,7 @@ func (m *rooms) explain(s *search, f *failure) error {
 	}
 	f.limit, f.rootlessKit = s.limit(), rootlessKit()
 	if s.req.fixed() && errors.As(f.last, &r) && causeOf(r, f.limit) == inUse {
-		if s.view != nil {
+		if s.view.addrs != nil {
 			f.holder = holder(r.proto, r.host, r.port)
 		}
 		m.leases.each(func(p childPort) {
@@ -151,7 +158,7 @@ func (m *rooms) explain(s *search, f *failure) error {
 			}
 		})
 	}
-	return explain(f, s.req)
+	return f
 }
 
 // UnmapPorts closes, removes and releases everything that MapPorts set up for pbs. A step that fails does not
@@ -159,10 +166,7 @@ func (m *rooms) explain(s *search, f *failure) error {
 // has not answered in time: those are logged, and their ports stay reserved until it has. How long it is
 // waited for, silence tells.
 func (pm PortMapper) UnmapPorts(_ context.Context, pbs []portmapperapi.PortBinding) error {
-	leases := newReservations()
-	if pm.rooms != nil {
-		leases = pm.rooms.leases
-	}
+	leases := pm.opened().leases
 	var errs []error
 	for _, pb := range pbs {
 		if pb.BoundSocket != nil {

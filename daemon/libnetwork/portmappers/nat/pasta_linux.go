@@ -41,8 +41,8 @@ type ownBindings struct {
 func (b ownBindings) over() bool { return b.n == 0 && !time.Now().Before(b.until) }
 
 // pastaAddrs are the addresses that pasta may bind, whatever the user asks for.
-func pastaAddrs() []netip.Addr {
-	addrs := []netip.Addr{netip.IPv4Unspecified(), netip.IPv6Unspecified()}
+func pastaAddrs() []address {
+	addrs := []address{{host: netip.IPv4Unspecified()}, {host: netip.IPv6Unspecified()}}
 	if _, err := os.Stat("/proc/sys/net/ipv6"); err != nil {
 		return addrs[:1]
 	}
@@ -60,16 +60,13 @@ func isImplicit(cmdline string) bool {
 	return strings.Contains(cmdline, "\x00--port-driver=implicit\x00") || strings.Contains(cmdline, "\x00--port-driver\x00implicit\x00")
 }
 
-// client returns the driver for one request. If insist is set, which is for a port that the user named, a
-// port counts as free that pasta will get all the same: one of this daemon's own, or one with connections
-// that were served.
-func (p *pasta) client(r *request, insist bool) PortDriverClient {
-	return &pastaClient{pasta: p, fixed: r.fixed(), insist: insist}
-}
-
+// pastaClient is the driver for one request.
 type pastaClient struct {
 	*pasta
-	fixed, insist bool
+	fixed bool
+	// insist is for a port that the user named: one counts as free, too, that pasta will get all the same,
+	// since it is this daemon's own, or has connections that were served.
+	insist bool
 
 	port  int   // port is the one that the sockets keep.
 	socks []int // socks are shared by the host addresses of the request.
@@ -140,8 +137,8 @@ func (c *pastaClient) keep(p ownPort) error {
 	}
 	// pasta takes the UDP port for every TCP port, too.
 	own := !c.own[ownPort{types.TCP, p.port}].over() || !c.own[ownPort{types.UDP, p.port}].over()
-	for _, addr := range pastaAddrs() {
-		if err := c.keepAt(p, addr); err != nil && !(c.insist && own && errors.Is(err, unix.EADDRINUSE)) {
+	for _, a := range pastaAddrs() {
+		if err := c.keepAt(p, a.host); err != nil && !(c.insist && own && errors.Is(err, unix.EADDRINUSE)) {
 			return err
 		}
 	}

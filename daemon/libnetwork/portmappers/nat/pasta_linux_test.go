@@ -66,12 +66,12 @@ func TestStrangersPortIsNotPublishedUnderPasta(t *testing.T) {
 func pastaBinds(t *testing.T, proto types.Protocol, port int) (let func()) {
 	t.Helper()
 	var fds []int
-	for _, addr := range pastaAddrs() {
+	for _, a := range pastaAddrs() {
 		onHost(func() {
-			fd, err := socket(proto, addr, true)
+			fd, err := socket(proto, a.host, true)
 			assert.NilError(t, err)
 			assert.NilError(t, unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1))
-			assert.NilError(t, bind(fd, proto, addr, port, true))
+			assert.NilError(t, bind(fd, proto, a.host, port, true))
 			fds = append(fds, fd)
 		})
 	}

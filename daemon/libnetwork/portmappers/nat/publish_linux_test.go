@@ -184,12 +184,6 @@ func TestProtocolThatThePortDriverDoesNotServe(t *testing.T) {
 		assert.Check(t, is.ErrorContains(err, "on host address 0.0.0.0, [::], [::1]: RootlessKit's port driver does not support sctp4 and sctp6"))
 		assert.Check(t, is.Equal(f.calls, 0))
 	})
-	t.Run("unknown", func(t *testing.T) {
-		f := newFake(t)
-		f.noIPv6 = true
-		err := refused(t, f, context.Background(), ask(0, 0, 0, "::"))
-		assert.Check(t, is.Error(err, "cannot publish container port 80: unknown protocol 0"))
-	})
 	t.Run("on some", func(t *testing.T) {
 		f := newFake(t)
 		f.noIPv6 = true

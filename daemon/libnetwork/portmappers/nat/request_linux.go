@@ -38,6 +38,7 @@ func newRequest(cfg []portmapperapi.PortBindingReq, driver PortDriverClient) (*r
 	r := &request{proto: f.Proto, container: f.Port, first: int(f.HostPort), last: int(f.HostPortEnd)}
 	r.addrs, r.binds = r.fewAddrs[:0], r.fewBinds[:0]
 	var unserved request
+	var networks []string
 	for i := range cfg {
 		c := &cfg[i]
 		if c.Proto != f.Proto || c.Port != f.Port || c.HostPort != f.HostPort || c.HostPortEnd != f.HostPortEnd {
@@ -52,6 +53,7 @@ func newRequest(cfg []portmapperapi.PortBindingReq, driver PortDriverClient) (*r
 			}
 			if a.child = driver.ChildHostIP(proto, a.host); !a.child.IsValid() {
 				unserved.addrs = append(unserved.addrs, a)
+				networks = append(networks, network(f.Proto, a.host.Is6()))
 				continue
 			}
 		}
@@ -68,13 +70,6 @@ func newRequest(cfg []portmapperapi.PortBindingReq, driver PortDriverClient) (*r
 	}
 	if len(r.addrs) > 0 {
 		return r, nil
-	}
-	if f.Proto != types.TCP && f.Proto != types.UDP && f.Proto != types.SCTP {
-		return nil, fmt.Errorf("cannot publish container port %d: unknown protocol %s", f.Port, f.Proto)
-	}
-	var networks []string
-	for _, a := range unserved.addrs {
-		networks = append(networks, network(f.Proto, a.host.Is6()))
 	}
 	slices.Sort(networks)
 	return nil, fmt.Errorf("cannot publish container port %d/%s on host address %s: RootlessKit's port driver does not support %s; use another protocol or host address, or a port driver that supports it (DOCKERD_ROOTLESS_ROOTLESSKIT_PORT_DRIVER)",

@@ -42,7 +42,7 @@ type search struct {
 	driver PortDriverClient // nil: nobody is asked.
 	leases *reservations
 	ports  source
-	view   *look // nil: the host can't be seen.
+	view   look // Without addresses: the host can't be seen.
 
 	tries    int
 	unclears int
@@ -62,17 +62,11 @@ func (s *search) run(ctx context.Context) (*attempt, *failure) {
 	}()
 	for start := time.Now(); ; {
 		first, last, ok := s.ports.next()
-		switch err := ctx.Err(); {
-		case err != nil && (s.driver != nil || s.tries > 0):
-			f := s.failure("then its caller gave up", err)
-			f.last, f.tried = err, s.tries
-			return nil, f
-		case s.tries > 0 && time.Since(start) >= searchTime:
-			return nil, s.failure(fmt.Sprintf("none was had in %s", searchTime), s.last)
+		switch {
 		case !ok && s.req.fixed():
-			return nil, s.failure("", s.last)
+			return nil, s.failure("", nil)
 		case !ok:
-			return nil, s.failure("and none can be had", s.last)
+			return nil, s.failure("and none can be had", nil)
 		}
 		a, err := try(ctx, s.req, s.driver, s.leases, first, last)
 		if s.tries++; err == nil {
@@ -89,13 +83,16 @@ func (s *search) run(ctx context.Context) (*attempt, *failure) {
 			l.WithFields(log.Fields{"attempt": s.tries, "verdict": verdict, "error": err}).Debug("Host port refused")
 		}
 		switch {
-		case ctx.Err() != nil: // For the next round to tell.
+		case ctx.Err() != nil:
+			return nil, s.failure("then its caller gave up", ctx.Err())
 		case verdict == no:
 			return nil, s.failure("", err)
 		case s.unbound >= maxUnbound:
-			return nil, s.failure(fmt.Sprintf("%d did not bind in the child", s.unbound), s.last)
+			return nil, s.failure(fmt.Sprintf("%d did not bind in the child", s.unbound), nil)
 		case s.unclears == maxUnclear:
 			return nil, s.failure(fmt.Sprintf("%d refusals do not say why", s.unclears), err)
+		case time.Since(start) >= searchTime:
+			return nil, s.failure(fmt.Sprintf("none was had in %s", searchTime), nil)
 		}
 	}
 }
@@ -116,7 +113,7 @@ func (s *search) refused(a *attempt, err error, one bool) verdict {
 
 	limit := s.limit()
 	c := causeOf(err, limit)
-	if r := (*hostRefusal)(nil); s.view != nil && c == unclear && errors.As(err, &r) {
+	if r := (*hostRefusal)(nil); s.view.addrs != nil && c == unclear && errors.As(err, &r) {
 		onHost(func() {
 			if seen := s.view.refusal(r.host, r.port); seen != nil {
 				r.err = fmt.Errorf("%w: %w", r.err, seen)
@@ -138,19 +135,23 @@ func (s *search) refused(a *attempt, err error, one bool) verdict {
 
 // limit returns the host's first port that takes no privilege, or 0 if it can't be seen.
 func (s *search) limit() int {
-	if s.view == nil {
+	if s.view.addrs == nil {
 		return 0
 	}
 	return hostUnprivileged()
 }
 
+// failure tells how the search ended. Without a cause, it's the last refusal that is not this daemon's own.
 func (s *search) failure(how string, cause error) *failure {
 	first, last, tried, taken := s.ports.seen()
 	switch {
-	case cause == nil && taken == nil:
-		cause = errors.New("all of them are reserved (net.ipv4.ip_local_reserved_ports)")
-	case !s.others && taken != nil:
+	case cause != nil:
+	case taken != nil && !s.others:
 		cause = taken
+	case s.last != nil:
+		cause = s.last
+	default:
+		cause = errors.New("all of them are reserved (net.ipv4.ip_local_reserved_ports)")
 	}
-	return &failure{how: how, last: cause, tried: tried, facts: facts{first: first, last: last}}
+	return &failure{req: s.req, how: how, last: cause, tried: tried, first: first, end: last}
 }

@@ -189,9 +189,7 @@ func (s *silence) begin(now time.Time, needed bool) (until time.Time, ok bool) {
 	if wait < minWait && !needed {
 		return now, false
 	}
-	if wait > 0 {
-		s.full = now.Add(allowancePeriod)
-	}
+	s.full = now.Add(allowancePeriod)
 	s.waiting++
 	return now.Add(wait), true
 }

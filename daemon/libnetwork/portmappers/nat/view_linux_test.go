@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -177,7 +178,9 @@ func TestProtocolsKeepStep(t *testing.T) {
 	f := newHostFake(t)
 	inChild(t)
 	pm := NewPortMapper(Config{RlkClient: f})
+	// A user's own range is none of theirs.
 	for want := 32768; want < 32773; want++ {
+		unmap(t, pm, mapped(t, pm, ask(types.TCP, 50000, 50001, "0.0.0.0")))
 		for _, proto := range []types.Protocol{types.TCP, types.UDP} {
 			pbs, err := pm.MapPorts(context.Background(), ask(proto, 0, 0, "0.0.0.0", "::"))
 			assert.NilError(t, err)
@@ -204,7 +207,7 @@ func TestPrivilegedHostPorts(t *testing.T) {
 	assert.Check(t, is.ErrorContains(err, "from 1050 up"))
 
 	withoutCapability(t, unix.CAP_NET_BIND_SERVICE) // On this thread: those on the test's host have it.
-	l := look{proto: types.TCP, addrs: []netip.Addr{netip.IPv4Unspecified()}}
+	l := look{proto: types.TCP, addrs: []address{{host: netip.IPv4Unspecified()}}}
 	ports := []int{1000}
 	free, _ := l.find(func() int { p := ports[0]; ports = ports[1:]; return p })
 	assert.Check(t, is.Equal(free, 1000))
@@ -268,20 +271,25 @@ func TestDynamicPortsAllTakenInTheChild(t *testing.T) {
 	}
 }
 
-// A search passes a block by jumping, and still finds the one port that is free.
-func TestOneFreeHostPort(t *testing.T) {
-	h := &hostPorts{first: 32768, last: 60999, dynamic: true, at: 32768}
-	free := 51234
+// A search passes a block by jumping, and still comes to each port, whichever is free.
+func TestBlockIsJumped(t *testing.T) {
+	h := &hostPorts{walk: walk{first: 32768, last: 60999, at: 32768}, dynamic: true}
 	seen := map[int]bool{}
-	for port := h.step(); port != free; port = h.step() {
-		assert.Assert(t, port != 0 && !seen[port], "%d after %d others", port, len(seen))
-		seen[port] = true
+	for i := range jumpAfter {
+		assert.Assert(t, is.Equal(h.step(), 32768+i))
+		seen[32768+i] = true
 	}
+	jumps, before := 0, 32768+jumpAfter-1
 	for port := h.step(); port != 0; port = h.step() {
-		assert.Assert(t, !seen[port])
+		assert.Assert(t, !seen[port], "%d after %d others", port, len(seen))
 		seen[port] = true
+		if port != before+1 {
+			jumps++
+		}
+		before = port
 	}
-	assert.Check(t, is.Equal(len(seen), 28231))
+	assert.Check(t, jumps > 2, "%d jumps", jumps) // One takes it to the range's end and back.
+	assert.Check(t, is.Equal(len(seen), 28232))
 }
 
 func TestLongListOfReservedPorts(t *testing.T) {
@@ -292,7 +300,7 @@ func TestLongListOfReservedPorts(t *testing.T) {
 	}
 	setSysctl(t, "ip_local_reserved_ports", strings.Join(list, ","))
 	var reserved portSet
-	reserved.parse(hostSetting(reservedPorts))
+	reserved.parse(string(hostSetting(reservedPorts, make([]byte, 64))))
 	for port := 40000; port < 42000; port++ {
 		assert.Check(t, is.Equal(reserved.has(port), port%2 == 0), port)
 	}
@@ -324,36 +332,39 @@ func TestWhatASlirpShrugMeans(t *testing.T) {
 	assert.Check(t, is.Equal(f.calls, 4))
 }
 
+// seesHost tells whether a mapper that is made here sees the host.
+func seesHost() bool { return hostInSight(NewPortMapper(Config{}).rooms.child) }
+
 func TestNoView(t *testing.T) {
 	t.Run("the caller is not in the child", func(t *testing.T) {
 		f := newFake(t)
 		inChild(t)
-		assert.Check(t, hostInSight())
+		assert.Check(t, seesHost())
 		fd, err := unix.Open("/proc/self/ns/net", unix.O_RDONLY|unix.O_CLOEXEC, 0)
 		assert.NilError(t, err)
 		defer unix.Close(fd)
 		assert.NilError(t, unix.Setns(fd, unix.CLONE_NEWNET))
-		assert.Check(t, !hostInSight())
+		assert.Check(t, !seesHost())
 		published(t, f, ask(types.TCP, 0, 0, "0.0.0.0"))
 	})
 	t.Run("the caller is in a third namespace", func(t *testing.T) {
 		inChild(t)
 		assert.NilError(t, unix.Unshare(unix.CLONE_NEWNET))
-		assert.Check(t, hostInSight()) // The test's link follows the thread.
+		assert.Check(t, seesHost()) // The test's link follows the thread.
 		t.Setenv("ROOTLESSKIT_STATE_DIR", t.TempDir())
 		assert.NilError(t, os.Symlink("/proc/1/ns/net", filepath.Join(os.Getenv("ROOTLESSKIT_STATE_DIR"), "netns")))
-		assert.Check(t, !hostInSight())
+		assert.Check(t, !seesHost())
 	})
 	t.Run("no detached namespace", func(t *testing.T) {
 		inChild(t)
 		t.Setenv("ROOTLESSKIT_STATE_DIR", t.TempDir())
-		assert.Check(t, !hostInSight())
+		assert.Check(t, !seesHost())
 	})
 	t.Run("SCTP", func(t *testing.T) {
 		inChild(t)
 		s := search{req: &request{proto: types.SCTP}}
-		(&rooms{driver: newFake(t)}).lookAtHost(context.Background(), &s)
-		assert.Check(t, s.view == nil)
+		NewPortMapper(Config{RlkClient: newFake(t)}).rooms.lookAtHost(context.Background(), &s)
+		assert.Check(t, s.view.addrs == nil)
 	})
 	t.Run("an invalid range", func(t *testing.T) {
 		f := newHostFake(t)
@@ -435,7 +446,7 @@ func TestSettings(t *testing.T) {
 	for port, want := range map[int]bool{0: false, 1: false, 8079: false, 8080: true, 8081: false, 8999: false, 9000: true, 9010: true, 9011: false, 65535: true} {
 		assert.Check(t, is.Equal(set.has(port), want), port)
 	}
-	assert.Check(t, is.Equal(hostSetting("nothing"), ""))
+	assert.Check(t, is.Len(hostSetting("nothing", make([]byte, 64)), 0))
 }
 
 // A range that can't be understood costs the look, no more.
@@ -444,19 +455,41 @@ func TestDynamicRangeThatCannotBeUnderstood(t *testing.T) {
 	inChild(t)
 	before := settings()[portRange]
 	defer func() { settings()[portRange] = before }()
-	for _, text := range []string{"", "1", "a b", "5 4", "0 100", "100 70000"} {
+	for text, want := range map[string][2]int{
+		"": {}, "1": {}, "a\tb": {}, "5\t4": {}, "0\t100": {}, "100\t65536": {}, "100 200": {},
+		"40001\t40001": {40001, 40001}, "1\t65535": {1, 65535},
+	} {
 		file := filepath.Join(t.TempDir(), "range")
-		assert.NilError(t, os.WriteFile(file, []byte(text), 0o600))
+		assert.NilError(t, os.WriteFile(file, []byte(text+"\n"), 0o600))
 		var err error
 		settings()[portRange], err = os.Open(file)
 		assert.NilError(t, err)
 		ctx, hook := logged()
-		pm := NewPortMapper(Config{RlkClient: f})
-		pbs, err := pm.MapPorts(ctx, ask(types.TCP, 0, 0, "0.0.0.0"))
-		assert.NilError(t, err)
-		assert.Check(t, pm.UnmapPorts(ctx, pbs))
+		s := search{req: &request{proto: types.TCP}}
+		NewPortMapper(Config{RlkClient: f}).rooms.lookAtHost(ctx, &s)
 		assert.NilError(t, settings()[portRange].Close())
-		assert.Check(t, is.Len(entries(hook, logrus.WarnLevel), 1), text)
+		if want == [2]int{} {
+			assert.Check(t, s.ports == nil, text)
+			assert.Check(t, is.Len(entries(hook, logrus.WarnLevel), 1), text)
+			continue
+		}
+		first, last, _, _ := s.ports.seen()
+		assert.Check(t, is.Equal([2]int{first, last}, want))
+		assert.Check(t, is.Len(entries(hook, logrus.WarnLevel), 0), text)
+	}
+}
+
+// A search goes on where the one before it ended, as long as that is in the range.
+func TestSearchGoesOnBehindTheCursor(t *testing.T) {
+	inChild(t)
+	setSysctl(t, "ip_local_port_range", "40000 40005")
+	for at, want := range map[int32]int{0: 40000, 39998: 40000, 39999: 40000, 40000: 40001, 40004: 40005, 40005: 40000, 65535: 40000} {
+		var cursor atomic.Int32
+		cursor.Store(at)
+		h, err := newHostPorts(nil, &request{proto: types.TCP}, nil, &cursor)
+		assert.NilError(t, err)
+		first, last, ok := h.next()
+		assert.Check(t, ok && first == want && last == want, "%d behind %d", first, at)
 	}
 }
 
