@@ -3,7 +3,9 @@ package nat
 import (
 	"context"
 	"io"
+	"math/rand/v2"
 	"net/netip"
+	"runtime"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -216,44 +218,45 @@ func TestRemovalsThatAreAnsweredWithErrors(t *testing.T) {
 	}
 }
 
-// Callers that ask for ports on one host address don't fail those of another.
+// A fixed port is published on one host address just when a search for it on another one ends.
 func TestSearchThatEndsFailsNobody(t *testing.T) {
-	const first, n = 18200, 300
+	const port, rounds = 18200, 1000
 	for name, size := range map[string]int{"fixed ports": 1, "ranges": 3} {
 		t.Run(name, func(t *testing.T) {
 			f := newFake(t)
 			inChild(t)
-			occupy(t, "tcp", "127.0.0.1", first, first+n+size)
-			for port := first; port <= first+n+size; port++ {
-				f.others[mapping{"tcp", netip.MustParseAddr("127.0.0.1"), port}] = true
+			occupy(t, "tcp", "127.0.0.1", port, port+size-1)
+			var refusals atomic.Int32
+			f.answer = func(_ int, m mapping) error {
+				if m.ip != netip.MustParseAddr("127.0.0.1") {
+					return nil
+				}
+				refusals.Add(1)
+				return errInUse
 			}
 			ctx, _ := logged()
 			pm := NewPortMapper(Config{RlkClient: f})
-			var (
-				wg  sync.WaitGroup
-				at  atomic.Int32
-				got [n][]portmapperapi.PortBinding
-			)
-			at.Store(first)
+			var wg sync.WaitGroup
+			published := make(chan struct{})
 			wg.Go(func() {
-				for i := range n {
-					var err error
-					got[i], err = pm.MapPorts(ctx, ask(types.TCP, first+i, first+i, "127.0.0.2"))
+				for round := range int32(rounds) {
+					for refusals.Load() <= round {
+						runtime.Gosched()
+					}
+					for start, after := time.Now(), rand.N(60*time.Microsecond); time.Since(start) < after; {
+					}
+					pbs, err := pm.MapPorts(ctx, ask(types.TCP, port, port, "127.0.0.2"))
 					assert.Check(t, err)
-					at.Add(1)
+					assert.Check(t, pm.UnmapPorts(ctx, pbs))
+					published <- struct{}{}
 				}
 			})
-			searches := 0
-			for port := int(at.Load()); port < first+n; port = int(at.Load()) {
+			for range rounds {
 				_, err := pm.MapPorts(ctx, ask(types.TCP, port, port+size-1, "127.0.0.1"))
 				assert.Check(t, is.ErrorContains(err, "address already in use"))
-				searches++
+				<-published
 			}
 			wg.Wait()
-			assert.Check(t, searches > 1, "they ran beside each other")
-			for _, pbs := range got {
-				assert.Check(t, pm.UnmapPorts(ctx, pbs))
-			}
 			freeFilters()
 		})
 	}
