@@ -18,10 +18,9 @@ const ManyTaken = 17000
 type Name string
 
 const (
-	Listen        Name = "Listen"
-	BareRefusal   Name = "RootlessKit/Refusal/bare"
-	SearchRefusal Name = "RootlessKit/Refusal/search"
-	Hundred       Name = "Hundred"
+	Listen  Name = "Listen"
+	Refusal Name = "RootlessKit/Refusal"
+	Hundred Name = "Hundred"
 )
 
 // Addresses are the numbers of host addresses that a publish is measured on.
@@ -76,7 +75,7 @@ func Mappers(taken int) []string {
 
 // All returns the names of all benchmarks.
 func All() []Name {
-	all := []Name{Listen, BareRefusal, SearchRefusal, Hundred, Passed(1)}
+	all := []Name{Listen, Refusal, Hundred, Passed(1)}
 	for _, n := range Addresses {
 		all = append(all, Rootful(n), Child(n), NoRefusal(n), Free(n), Jumped(n), Next(n))
 	}

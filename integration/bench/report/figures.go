@@ -39,10 +39,7 @@ func (u unit) number(v float64) string {
 	return fmt.Sprintf("%+.0f", v)
 }
 
-const (
-	perOp      = "sec/op"
-	perRefusal = "sec/refusal"
-)
+const perOp = "sec/op"
 
 // figures are those of the benchmarks in the folder above.
 var figures = slices.Concat(
@@ -63,7 +60,7 @@ var figures = slices.Concat(
 	}),
 	[]figure{
 		{"a refused port: to a bare refused AddPort", 1.45, times, func(get getter) float64 {
-			return get(bench.SearchRefusal, perRefusal) / get(bench.BareRefusal, perRefusal)
+			return get(bench.Refusal, "sec/search") / get(bench.Refusal, "sec/bare")
 		}},
 		{"view, a taken port: to a bare socket/bind/listen/close", 0.2, times, func(get getter) float64 {
 			return (get(bench.Passed(1), perOp) - get(bench.Free(1), perOp)) / bench.ManyTaken / get(bench.Listen, perOp)
