@@ -56,9 +56,7 @@ func (s *allocatorPorts) refused(n, port int) {
 	if s.over = n < 0; !s.over && !s.jumps {
 		s.tried += n
 	}
-	if port != 0 {
-		s.done.add(port)
-	}
+	s.done.add(port) // 0 is none.
 }
 
 func (s *allocatorPorts) seen() (first, last, tried int, taken error) {

@@ -58,18 +58,17 @@ type Config struct {
 
 // NewPortMapper returns a PortMapper that asks cfg.RlkClient for host ports.
 func NewPortMapper(cfg Config) PortMapper {
-	stateDir := os.Getenv("ROOTLESSKIT_STATE_DIR")
 	m := &rooms{
 		leases:  newReservations(),
 		cursors: map[types.Protocol]*atomic.Int32{types.TCP: {}, types.UDP: {}},
-		child:   netNSAt(filepath.Join(stateDir, "netns")),
+		child:   netNSAt(filepath.Join(os.Getenv("ROOTLESSKIT_STATE_DIR"), "netns")),
 	}
 	// Upstream's client is a nil pointer where there is none to ask. Then, as no port driver's, its address
 	// for 0.0.0.0 in the child is that one.
 	any4 := netip.IPv4Unspecified()
 	if c := cfg.RlkClient; c != nil && c.ChildHostIP("tcp", any4) != any4 {
 		m.driver = &silence{PortDriverClient: &childIPs{PortDriverClient: c, byHost: map[netip.Addr]netip.Addr{}}}
-	} else if stateDir != "" && portDriverIsImplicit() {
+	} else if portDriverIsImplicit() {
 		m.pasta = &pasta{own: map[ownPort]ownBindings{}}
 		for _, c := range m.cursors {
 			c.Store(rand.Int32N(65536)) // Other daemons look at the same host.

@@ -110,17 +110,7 @@ func TestOwnPastasPortIsNoStrangers(t *testing.T) {
 // A connection that was served is in TIME_WAIT for a minute: pasta can listen all the same.
 func TestServedConnectionsDoNotMatterToAFixedPort(t *testing.T) {
 	underPasta(t, func(t *testing.T, pm PortMapper) {
-		onHost(func() {
-			l, err := net.Listen("tcp4", "127.0.0.1:5354")
-			assert.NilError(t, err)
-			c, err := net.Dial("tcp4", "127.0.0.1:5354")
-			assert.NilError(t, err)
-			served, err := l.Accept()
-			assert.NilError(t, err)
-			assert.NilError(t, served.Close()) // First: its end waits.
-			assert.NilError(t, c.Close())
-			assert.NilError(t, l.Close())
-		})
+		serveOnHost(t, "127.0.0.1:5354")
 		unmap(t, pm, mapped(t, pm, ask(types.TCP, 5354, 5354, "0.0.0.0")))
 		pbs := mapped(t, pm, ask(types.TCP, 5354, 5354, "0.0.0.0"))
 		pastaBinds(t, types.TCP, 5354)()
@@ -131,6 +121,21 @@ func TestServedConnectionsDoNotMatterToAFixedPort(t *testing.T) {
 		more := mapped(t, pm, ask(types.TCP, 5353, 5354, "127.0.0.1"))
 		assert.Check(t, pbs[0].HostPort != more[0].HostPort, "two host addresses, two ports: pasta has one of each")
 		unmap(t, pm, append(pbs, more...))
+	})
+}
+
+// serveOnHost serves a connection on the host, and ends it.
+func serveOnHost(t *testing.T, at string) {
+	onHost(func() {
+		l, err := net.Listen("tcp4", at)
+		assert.NilError(t, err)
+		c, err := net.Dial("tcp4", at)
+		assert.NilError(t, err)
+		served, err := l.Accept()
+		assert.NilError(t, err)
+		assert.NilError(t, served.Close()) // First: its end waits.
+		assert.NilError(t, c.Close())
+		assert.NilError(t, l.Close())
 	})
 }
 

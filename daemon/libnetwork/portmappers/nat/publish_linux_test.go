@@ -171,8 +171,11 @@ func TestInvalidHostAddress(t *testing.T) {
 func TestHostAddressesThatOverlap(t *testing.T) {
 	for _, addrs := range [][]string{{"0.0.0.0", "127.0.0.1"}, {"::1", "::"}, {"192.0.2.1", "::", "192.0.2.1"}} {
 		f := newFake(t)
-		err := refused(t, f, context.Background(), ask(types.TCP, 0, 0, addrs...))
-		assert.Check(t, is.ErrorContains(err, "address already in use"))
+		for _, port := range []int{0, 8080} {
+			err := refused(t, f, context.Background(), ask(types.TCP, port, port, addrs...))
+			assert.Check(t, is.ErrorContains(err, "cannot publish container port 80/tcp on one host port of both "))
+			assert.Check(t, is.ErrorContains(err, "address already in use"))
+		}
 		assert.Check(t, is.Equal(f.calls, 0))
 	}
 }
@@ -341,6 +344,10 @@ func TestRootful(t *testing.T) {
 			// A port that is taken is the caller's to deal with, at once.
 			_, err = pm.MapPorts(context.Background(), ask(types.TCP, port, port, "127.0.0.1"))
 			assert.Check(t, is.Error(err, "Bind for 127.0.0.1:"+pbs[0].NAT.String()[len("127.0.0.1:"):]+" failed: port is already allocated"))
+
+			// So are two addresses that overlap.
+			_, err = pm.MapPorts(context.Background(), ask(types.TCP, 8080, 8080, "0.0.0.0", "127.0.0.1"))
+			assert.Check(t, is.Error(err, "failed to bind host port 127.0.0.1:8080/tcp: address already in use"))
 
 			// The caller's addresses are not kept.
 			reqs := ask(types.TCP, 0, 0, "127.0.0.1")

@@ -43,6 +43,36 @@ func TestDynamicPortsAreSearchedInOrderThenAtRandom(t *testing.T) {
 	}
 }
 
+// The allocator's order lasts for eight ports, and for a quarter of a second. What was refused isn't asked for again.
+func TestAllocatorsOrder(t *testing.T) {
+	first, last := portallocator.GetPortRange()
+	for name, tc := range map[string]struct {
+		each    time.Duration
+		inOrder int
+	}{"quick": {0, 8}, "slow": {50 * time.Millisecond, 5}} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := newAllocatorPorts(&request{proto: types.TCP})
+				for i := range tc.inOrder {
+					from, to, ok := s.next()
+					assert.Assert(t, ok && from == 0 && to == 0, "%d: %d-%d", i, from, to)
+					s.refused(1, int(first)+i)
+					time.Sleep(tc.each)
+				}
+				seen := map[int]bool{}
+				for from, to, ok := s.next(); ok; from, to, ok = s.next() {
+					assert.Assert(t, from == to && from >= int(first)+tc.inOrder && from <= int(last) && !seen[from], "%d-%d", from, to)
+					seen[from] = true
+					s.refused(1, from)
+				}
+				assert.Check(t, is.Equal(len(seen), int(last-first)+1-tc.inOrder))
+				_, _, tried, _ := s.seen()
+				assert.Check(t, is.Equal(tried, int(last-first)+1))
+			})
+		})
+	}
+}
+
 // 300 ports in a row are nothing to a driver that doesn't say why, either.
 func TestUnclearRefusalsAreJumpedToo(t *testing.T) {
 	f := newFake(t)

@@ -213,6 +213,15 @@ func TestPrivilegedHostPorts(t *testing.T) {
 	assert.Check(t, is.Equal(free, 1000))
 }
 
+// A connection that was served is in TIME_WAIT for a minute: RootlessKit can listen all the same.
+func TestServedConnectionsDoNotMatterToALook(t *testing.T) {
+	f := newHostFake(t)
+	inChild(t)
+	occupy(t, "tcp", "127.0.0.1", 5353, 5353)
+	serveOnHost(t, "127.0.0.1:5354")
+	assert.Check(t, is.Equal(published(t, f, ask(types.TCP, 5353, 5354, "127.0.0.1")), 5354))
+}
+
 // What the kernel says of a port, but that it's taken, is for RootlessKit to say.
 func TestLookThatDoesNotHelp(t *testing.T) {
 	f := newHostFake(t)
@@ -369,8 +378,10 @@ func TestNoView(t *testing.T) {
 	t.Run("an invalid range", func(t *testing.T) {
 		f := newHostFake(t)
 		inChild(t)
-		err := refused(t, f, context.Background(), ask(types.TCP, 9000, 8000, "0.0.0.0"))
-		assert.Check(t, is.ErrorContains(err, "invalid port range"))
+		for _, first := range []int{0, 9000} {
+			err := refused(t, f, context.Background(), ask(types.TCP, first, 8000, "0.0.0.0"))
+			assert.Check(t, is.ErrorContains(err, "invalid port range"))
+		}
 	})
 	t.Run("no thread on the host", func(t *testing.T) {
 		f := newHostFake(t)
@@ -555,15 +566,16 @@ func TestRangeOnTwoHostAddressesWithAView(t *testing.T) {
 	}
 }
 
-func TestBusyPortOfTheOtherFamilyIsNotBlamed(t *testing.T) {
+func TestOtherPortsOfThisDaemonAreNotBlamed(t *testing.T) {
 	f := newHostFake(t)
 	synctest.Test(t, func(t *testing.T) { // holderLimit does not pass.
 		inChild(t)
 		pm := NewPortMapper(Config{RlkClient: f})
-		pbs, err := pm.MapPorts(context.Background(), ask(types.TCP, 8080, 8080, "::"))
-		assert.NilError(t, err)
+		pbs := mapped(t, pm, ask(types.TCP, 8080, 8080, "::"))
+		pbs = append(pbs, mapped(t, pm, ask(types.TCP, 8081, 8081, "0.0.0.0"))...)
+		pbs = append(pbs, mapped(t, pm, ask(types.UDP, 8080, 8080, "0.0.0.0"))...)
 		occupy(t, "tcp", "0.0.0.0", 8080, 8080)
-		_, err = pm.MapPorts(context.Background(), ask(types.TCP, 8080, 8080, "0.0.0.0"))
+		_, err := pm.MapPorts(context.Background(), ask(types.TCP, 8080, 8080, "0.0.0.0"))
 		assert.Check(t, is.ErrorContains(err, "another process of this user has it"))
 		assert.Check(t, pm.UnmapPorts(context.Background(), pbs))
 	})
