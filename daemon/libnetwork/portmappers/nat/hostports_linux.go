@@ -24,11 +24,10 @@ const (
 // and of the dynamic range from the one on that comes after the port given last.
 type hostPorts struct {
 	walk
-	look    *look
-	req     *request
-	own     *reservations // What this daemon has on the same child address needs no look.
-	dynamic bool
-	cursor  *atomic.Int32 // cursor is the dynamic port that was given last.
+	look   *look
+	req    *request
+	own    *reservations // What this daemon has on the same child address needs no look.
+	cursor *atomic.Int32 // cursor is the dynamic port that was given last.
 
 	row      int   // row is the number of taken ports in a row.
 	refusals int   // refusals is the number of the driver's.
@@ -37,8 +36,8 @@ type hostPorts struct {
 }
 
 func newHostPorts(l *look, r *request, own *reservations, cursor *atomic.Int32) (*hostPorts, error) {
-	h := &hostPorts{walk: walk{first: r.first, last: r.last}, look: l, req: r, own: own, dynamic: r.dynamic(), cursor: cursor}
-	if h.dynamic {
+	h := &hostPorts{walk: walk{first: r.first, last: r.last}, look: l, req: r, own: own, cursor: cursor}
+	if r.dynamic() {
 		var buf [64]byte
 		text := hostSetting(portRange, buf[:])
 		first, last, _ := strings.Cut(string(text), "\t")
@@ -60,10 +59,10 @@ func (h *hostPorts) next() (first, last int, ok bool) {
 	var port int
 	if h.tried == 0 {
 		port = h.step() // Without a look: it is free as a rule, and to look takes another thread.
-	} else if h.refusals < maxRefusals || !h.dynamic {
+	} else if h.refusals < maxRefusals || !h.req.dynamic() {
 		port = h.find()
 	}
-	if h.row = 0; h.dynamic && port != 0 {
+	if h.row = 0; h.req.dynamic() && port != 0 {
 		h.cursor.Store(int32(port))
 	}
 	return port, port, port != 0
@@ -96,7 +95,7 @@ func (h *hostPorts) find() (free int) {
 
 // step returns the next port to look at, or 0 if there are no more.
 func (h *hostPorts) step() int {
-	if h.row++; h.dynamic && h.row > jumpAfter {
+	if h.row++; h.req.dynamic() && h.row > jumpAfter {
 		h.row = 0
 		h.jump()
 	}
@@ -108,7 +107,7 @@ func (h *hostPorts) refused(_, port int) {
 	if port == 0 { // The child's are not the driver's to know.
 		limit, n = maxRefusals, &h.unbound
 	}
-	if *n++; h.dynamic && *n%limit == 0 {
+	if *n++; h.req.dynamic() && *n%limit == 0 {
 		h.jump()
 	}
 }

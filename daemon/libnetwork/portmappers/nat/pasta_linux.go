@@ -68,7 +68,6 @@ type pastaClient struct {
 	// since it is this daemon's own, or has connections that were served.
 	insist bool
 
-	port  int   // port is the one that the sockets keep.
 	socks []int // socks are shared by the host addresses of the request.
 	users int
 }
@@ -80,14 +79,13 @@ func (c *pastaClient) AddPort(_ context.Context, proto string, _, _ netip.Addr, 
 	p := ownPort{types.ParseProtocol(proto), port}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.users == 0 || c.port != port {
+	if c.users == 0 {
 		var err error
 		onHost(func() { err = c.keep(p) })
 		if err != nil {
 			c.letGo()
 			return nil, err
 		}
-		c.port = port
 	}
 	c.users++
 	maps.DeleteFunc(c.own, func(_ ownPort, b ownBindings) bool { return b.over() })

@@ -39,9 +39,8 @@ type silence struct {
 	silent  bool
 	full    time.Time // full is when the allowance is whole again.
 
-	news    sync.Cond   // news is for those who wait: an answer, or the alarm.
-	alarm   *time.Timer // alarm is one for all of them: most answers come long before.
-	alarmAt time.Time   // alarmAt is zero when it isn't set.
+	news  sync.Cond   // news is for those who wait: an answer, or the alarm.
+	alarm *time.Timer // alarm is one for all of them: most answers come long before.
 }
 
 // AddPort returns an *unsettled error if it gave up. That is settled once the answer came and what was
@@ -170,7 +169,7 @@ func (e *exposed) wait() error {
 				return &unsettled{fmt.Errorf("%w (%s)", errNoAnswer, now.Sub(start).Round(time.Millisecond)), e.settled}
 			}
 		}
-		e.rouse(now, until)
+		e.rouse(until.Sub(now))
 		e.news.Wait()
 	}
 	return e.answer
@@ -194,21 +193,17 @@ func (s *silence) begin(now time.Time, needed bool) (until time.Time, ok bool) {
 	return now.Add(wait), true
 }
 
-// rouse wakes those who wait, at the given time at the latest.
-func (s *silence) rouse(now, at time.Time) {
-	if !s.alarmAt.IsZero() && !at.Before(s.alarmAt) {
-		return
-	}
-	s.alarmAt = at
+// rouse wakes those who wait after a while, to see whether their time is up. Each sets the alarm anew: they
+// share a deadline, but in a silence, where one may so wait a tenth longer.
+func (s *silence) rouse(after time.Duration) {
 	if s.alarm != nil {
-		s.alarm.Reset(at.Sub(now))
+		s.alarm.Reset(after)
 		return
 	}
 	s.news.L = &s.mu
-	s.alarm = time.AfterFunc(at.Sub(now), func() {
+	s.alarm = time.AfterFunc(after, func() {
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		s.alarmAt = time.Time{}
 		s.news.Broadcast()
 	})
 }

@@ -282,7 +282,7 @@ func TestDynamicPortsAllTakenInTheChild(t *testing.T) {
 
 // A search passes a block by jumping, and still comes to each port, whichever is free.
 func TestBlockIsJumped(t *testing.T) {
-	h := &hostPorts{walk: walk{first: 32768, last: 60999, at: 32768}, dynamic: true}
+	h := &hostPorts{walk: walk{first: 32768, last: 60999, at: 32768}, req: &request{}}
 	seen := map[int]bool{}
 	for i := range jumpAfter {
 		assert.Assert(t, is.Equal(h.step(), 32768+i))
