@@ -121,6 +121,21 @@ func TestServedConnectionsDoNotMatterToAFixedPort(t *testing.T) {
 		more := mapped(t, pm, ask(types.TCP, 5353, 5354, "127.0.0.1"))
 		assert.Check(t, pbs[0].HostPort != more[0].HostPort, "two host addresses, two ports: pasta has one of each")
 		unmap(t, pm, append(pbs, more...))
+
+		// It is kept, too, once those connections are gone.
+		c := &pastaClient{pasta: pm.rooms.pasta, fixed: true, insist: true}
+		remove, err := c.AddPort(context.Background(), "tcp", netip.IPv4Unspecified(), netip.Addr{}, 5354)
+		assert.NilError(t, err)
+		kept := 0
+		for _, fd := range c.socks {
+			if at, err := unix.Getsockname(fd); err == nil {
+				if v4, ok := at.(*unix.SockaddrInet4); ok && v4.Port == 5354 {
+					kept++
+				}
+			}
+		}
+		assert.Check(t, is.Equal(kept, 1))
+		assert.Check(t, remove())
 	})
 }
 

@@ -41,9 +41,16 @@ func TestNothingToMap(t *testing.T) {
 }
 
 func TestRequestsThatDiffer(t *testing.T) {
-	reqs := append(ask(types.TCP, 8080, 8080, "0.0.0.0"), ask(types.TCP, 8080, 8081, "::")...)
-	_, err := PortMapper{}.MapPorts(context.Background(), reqs)
-	assert.Check(t, is.Error(err, "port binding mismatch 80/tcp:8080-8080, 80/tcp:8080-8081"))
+	for want, other := range map[string]types.PortBinding{
+		"80/udp:8080-8080": {Proto: types.UDP, Port: 80, HostPort: 8080, HostPortEnd: 8080},
+		"81/tcp:8080-8080": {Proto: types.TCP, Port: 81, HostPort: 8080, HostPortEnd: 8080},
+		"80/tcp:8079-8080": {Proto: types.TCP, Port: 80, HostPort: 8079, HostPortEnd: 8080},
+		"80/tcp:8080-8081": {Proto: types.TCP, Port: 80, HostPort: 8080, HostPortEnd: 8081},
+	} {
+		reqs := append(ask(types.TCP, 8080, 8080, "0.0.0.0"), portmapperapi.PortBindingReq{PortBinding: other})
+		_, err := PortMapper{}.MapPorts(context.Background(), reqs)
+		assert.Check(t, is.Error(err, "port binding mismatch 80/tcp:8080-8080, "+want))
+	}
 }
 
 func TestBindingsAreOnHostAndInChild(t *testing.T) {
