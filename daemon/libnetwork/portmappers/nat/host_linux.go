@@ -166,14 +166,14 @@ func sockaddr(addr netip.Addr, port int) unix.Sockaddr {
 
 // settings has files of the host's settings (ip-sysctl.rst), by name. Whichever thread reads one at offset 0
 // gets what is set on the host now.
-var settings = sync.OnceValue(func() map[string]*os.File {
-	files := map[string]*os.File{portRange: nil, reservedPorts: nil, unprivilegedStart: nil}
+var settings = sync.OnceValue(func() map[string]int {
+	fds := map[string]int{portRange: -1, reservedPorts: -1, unprivilegedStart: -1}
 	onHost(func() {
-		for name := range files {
-			files[name], _ = os.Open(name) // A nil file's reads fail.
+		for name := range fds {
+			fds[name], _ = unix.Open(name, unix.O_RDONLY|unix.O_CLOEXEC, 0) // With an error, it's -1.
 		}
 	})
-	return files
+	return fds
 })
 
 const (
@@ -185,12 +185,12 @@ const (
 // hostSetting returns a setting, in one read: the kernel has no more to say at another offset, and cuts what
 // buf can't take. It makes another one then.
 func hostSetting(name string, buf []byte) []byte {
-	n, _ := settings()[name].ReadAt(buf, 0) // With an error.
+	n, _ := unix.Pread(settings()[name], buf, 0)
 	for n == len(buf) {
 		buf = make([]byte, 16*len(buf))
-		n, _ = settings()[name].ReadAt(buf, 0)
+		n, _ = unix.Pread(settings()[name], buf, 0)
 	}
-	return bytes.TrimSpace(buf[:n])
+	return bytes.TrimSpace(buf[:max(n, 0)])
 }
 
 // hostUnprivileged returns the host's first port that takes no privilege, or 0.

@@ -100,6 +100,8 @@ func TestVerdictBySource(t *testing.T) {
 	assert.Check(t, is.Equal(childVerdict(0, syscall.EADDRINUSE), another))
 	assert.Check(t, is.Equal(childVerdict(1000, syscall.EACCES), another))
 	assert.Check(t, is.Equal(childVerdict(0, syscall.EACCES), no), "a dynamic port takes no privilege")
+	assert.Check(t, is.Equal(childVerdict(1023, syscall.EACCES), another))
+	assert.Check(t, is.Equal(childVerdict(1024, syscall.EACCES), no))
 	assert.Check(t, is.Equal(childVerdict(33000, syscall.EACCES), no), "nor does one that was chosen of them")
 	assert.Check(t, is.Equal(childVerdict(80, syscall.EIO), no))
 	assert.Check(t, is.Equal(childVerdict(8000, errors.New("invalid port range: 8000-0")), no))

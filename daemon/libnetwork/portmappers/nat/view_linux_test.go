@@ -457,7 +457,10 @@ func TestSettings(t *testing.T) {
 	for port, want := range map[int]bool{0: false, 1: false, 8079: false, 8080: true, 8081: false, 8999: false, 9000: true, 9010: true, 9011: false, 65535: true} {
 		assert.Check(t, is.Equal(set.has(port), want), port)
 	}
-	assert.Check(t, is.Len(hostSetting("nothing", make([]byte, 64)), 0))
+	fd := settings()[portRange]
+	settings()[portRange] = -1
+	assert.Check(t, is.Len(hostSetting(portRange, make([]byte, 64)), 0))
+	settings()[portRange] = fd
 }
 
 // A range that can't be understood costs the look, no more.
@@ -473,12 +476,12 @@ func TestDynamicRangeThatCannotBeUnderstood(t *testing.T) {
 		file := filepath.Join(t.TempDir(), "range")
 		assert.NilError(t, os.WriteFile(file, []byte(text+"\n"), 0o600))
 		var err error
-		settings()[portRange], err = os.Open(file)
+		settings()[portRange], err = unix.Open(file, unix.O_RDONLY|unix.O_CLOEXEC, 0)
 		assert.NilError(t, err)
 		ctx, hook := logged()
 		s := search{req: &request{proto: types.TCP}}
 		NewPortMapper(Config{RlkClient: f}).rooms.lookAtHost(ctx, &s)
-		assert.NilError(t, settings()[portRange].Close())
+		assert.NilError(t, unix.Close(settings()[portRange]))
 		if want == [2]int{} {
 			assert.Check(t, s.ports == nil, text)
 			assert.Check(t, is.Len(entries(hook, logrus.WarnLevel), 1), text)
