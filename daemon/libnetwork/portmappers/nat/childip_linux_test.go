@@ -16,7 +16,7 @@ func TestHostAddressesHaveChildAddressesOfTheirOwn(t *testing.T) {
 	c := childIPs{PortDriverClient: f, byHost: map[netip.Addr]netip.Addr{}}
 	seen := map[netip.Addr]bool{}
 	host := netip.MustParseAddr("10.0.0.0")
-	for range 1000 {
+	for range 1<<16 + 1000 {
 		host = host.Next()
 		child := c.ChildHostIP("tcp", host)
 		assert.Check(t, netip.MustParsePrefix("127.128.0.0/9").Contains(child) && !seen[child], "%s: %s", host, child)
