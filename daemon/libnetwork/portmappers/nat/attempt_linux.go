@@ -78,7 +78,7 @@ func (a *attempt) publish(ctx context.Context, driver PortDriverClient) error {
 		// RootlessKit would take the child port for another host address, too.
 		sharable := !addr.host.IsUnspecified() && !(addr.child.Is4() && addr.child.IsLoopback())
 		if !errors.As(err, &p.unsettled) && isLost(err) && sharable {
-			p.unsettled = &unsettled{err: err}
+			p.unsettled = &unsettled{error: err}
 		}
 		return &hostRefusal{addr.host, a.port, a.req.proto, err}
 	}

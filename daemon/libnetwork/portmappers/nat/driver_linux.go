@@ -21,10 +21,9 @@ var errRemoved = errors.New("the host port was removed before")
 
 // unsettled is the error of an AddPort or a removal that was given up: what it did is not known yet.
 type unsettled struct {
-	err error
+	error
 	// settled is closed once nothing of the call is left on the host; nil if that will never be known.
 	settled <-chan struct{}
 }
 
-func (u *unsettled) Error() string { return u.err.Error() }
-func (u *unsettled) Unwrap() error { return u.err }
+func (u *unsettled) Unwrap() error { return u.error }
