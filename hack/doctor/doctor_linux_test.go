@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -294,4 +295,16 @@ func BenchmarkHundredPorts(b *testing.B) {
 		assert.NilError(b, err)
 		assert.Assert(b, Examine(h, Checks, asks).Failed())
 	}
+}
+
+// The kernel's IPv4 addresses are found by what people write.
+func TestListedSocketsHaveTheAddressTheyAreBoundTo(t *testing.T) {
+	l, err := net.Listen("tcp4", "127.0.0.2:0")
+	assert.NilError(t, err)
+	defer l.Close()
+	at := l.Addr().(*net.TCPAddr).AddrPort()
+	found := slices.ContainsFunc(listSockets(), func(s socket) bool {
+		return s.proto == "tcp" && netip.AddrPortFrom(s.addr, uint16(s.port)) == at && s.listening
+	})
+	assert.Check(t, found, "%s is not listed", at)
 }

@@ -30,7 +30,7 @@ func listSockets() (list []socket) {
 			socks, _ := l.dump(family) // it says who, never whether: a bind does
 			for _, s := range socks {
 				addr, _ := netip.AddrFromSlice(s.ID.Source)
-				list = append(list, socket{l.proto, addr, int(s.ID.SourcePort), s.State == netlink.TCP_LISTEN, s.UID, s.INode})
+				list = append(list, socket{l.proto, addr.Unmap(), int(s.ID.SourcePort), s.State == netlink.TCP_LISTEN, s.UID, s.INode})
 			}
 		}
 	}

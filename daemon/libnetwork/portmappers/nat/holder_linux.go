@@ -47,8 +47,9 @@ func holder(proto types.Protocol, addr netip.Addr, port int) string {
 	}
 }
 
-// socketAt returns a socket of addr's family that keeps another one from it.
-func socketAt(proto types.Protocol, addr netip.Addr, port int) (found *netlink.Socket) {
+// socketAt returns a socket of addr's family that keeps another one from it. The kernel lists those that listen
+// first.
+func socketAt(proto types.Protocol, addr netip.Addr, port int) *netlink.Socket {
 	list, family := netlink.SocketDiagTCP, uint8(unix.AF_INET)
 	if proto == types.UDP {
 		list = netlink.SocketDiagUDP
@@ -59,11 +60,11 @@ func socketAt(proto types.Protocol, addr netip.Addr, port int) (found *netlink.S
 	socks, _ := list(family)
 	for _, s := range socks {
 		at, _ := netip.AddrFromSlice(s.ID.Source)
+		at = at.Unmap()
 		inTheWay := at == addr || at.IsUnspecified() || addr.IsUnspecified()
-		// A listener says more than a connection that is in the way, too.
-		if inTheWay && int(s.ID.SourcePort) == port && s.INode != 0 && (found == nil || s.State == netlink.TCP_LISTEN) {
-			found = s
+		if inTheWay && int(s.ID.SourcePort) == port && s.INode != 0 { // Else nobody has it any more.
+			return s
 		}
 	}
-	return found
+	return nil
 }
