@@ -151,8 +151,8 @@ func socket(proto types.Protocol, addr netip.Addr, reuse bool) (int, error) {
 	if err == nil && domain == unix.AF_INET6 {
 		err = unix.SetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_V6ONLY, 1)
 	}
-	if err != nil && fd >= 0 {
-		unix.Close(fd)
+	if err != nil {
+		unix.Close(fd) // Or -1, which is none.
 	}
 	return fd, err
 }

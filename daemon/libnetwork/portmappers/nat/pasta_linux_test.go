@@ -62,6 +62,25 @@ func TestStrangersPortIsNotPublishedUnderPasta(t *testing.T) {
 	})
 }
 
+// Nor is one that somebody keeps, with a socket that lets others bind it and does not listen.
+func TestKeptPortIsNotPublishedUnderPasta(t *testing.T) {
+	underPasta(t, func(t *testing.T, pm PortMapper) {
+		setSysctl(t, "ip_local_port_range", "40000 40002")
+		pm.rooms.cursors[types.TCP].Store(40002)
+		for _, port := range []int{40000, 40001} {
+			onHost(func() {
+				fd, err := socket(types.TCP, netip.IPv4Unspecified(), true)
+				assert.NilError(t, err)
+				t.Cleanup(func() { assert.Check(t, unix.Close(fd)) })
+				assert.NilError(t, bind(fd, types.TCP, netip.IPv4Unspecified(), port, false))
+			})
+		}
+		pbs := mapped(t, pm, ask(types.TCP, 0, 0, "0.0.0.0"))
+		assert.Check(t, is.Equal(int(pbs[0].HostPort), 40002))
+		unmap(t, pm, pbs)
+	})
+}
+
 // As pasta does: bound beside what is kept, since both set SO_REUSEADDR.
 func pastaBinds(t *testing.T, proto types.Protocol, port int) (let func()) {
 	t.Helper()

@@ -213,6 +213,17 @@ func TestPrivilegedHostPorts(t *testing.T) {
 	assert.Check(t, is.Equal(free, 1000))
 }
 
+// What was bound to look at a port that is free on the first address only is not in the way of the next one.
+func TestPortsTakenOnOneOfTwoAddresses(t *testing.T) {
+	f := newHostFake(t)
+	inChild(t)
+	for port, addr := range map[int]string{8000: "127.0.0.1", 8001: "127.0.0.2", 8002: "127.0.0.1"} {
+		occupy(t, "tcp", addr, port, port)
+	}
+	assert.Check(t, is.Equal(published(t, f, ask(types.TCP, 8000, 8003, "127.0.0.1", "127.0.0.2")), 8003))
+	assert.Check(t, is.DeepEqual(f.asked, []int{8000, 8003, 8003}), "only the first is asked for without a look")
+}
+
 // A connection that was served is in TIME_WAIT for a minute: RootlessKit can listen all the same.
 func TestServedConnectionsDoNotMatterToALook(t *testing.T) {
 	f := newHostFake(t)
@@ -461,6 +472,28 @@ func TestSettings(t *testing.T) {
 	settings()[portRange] = -1
 	assert.Check(t, is.Len(hostSetting(portRange, make([]byte, 64)), 0))
 	settings()[portRange] = fd
+}
+
+// RootlessKit is this process's parent: here, a shell by its name.
+func TestParentIsRootlessKit(t *testing.T) {
+	const asChild = "BERTH_TEST_CHILD_OF_ROOTLESSKIT"
+	if os.Getenv(asChild) != "" {
+		fmt.Println("program:", rootlessKit(), "implicit:", portDriverIsImplicit())
+		return
+	}
+	assert.Check(t, is.Equal(rootlessKit(), "$(which rootlesskit)"))
+	assert.Check(t, !portDriverIsImplicit())
+	shell, err := os.ReadFile("/bin/sh")
+	assert.NilError(t, err)
+	file := filepath.Join(t.TempDir(), "rootlesskit")
+	assert.NilError(t, os.WriteFile(file, shell, 0o700))
+	self, err := os.Executable()
+	assert.NilError(t, err)
+	cmd := exec.Command(file, "-c", `"$0" -test.run='^TestParentIsRootlessKit$'; exit $?`, self, "--port-driver=implicit")
+	cmd.Env = append(os.Environ(), asChild+"=1", inNamespace+"=1")
+	out, err := cmd.CombinedOutput()
+	assert.NilError(t, err, "%s", out)
+	assert.Check(t, is.Contains(string(out), "program: "+file+" implicit: true\n"))
 }
 
 // A range that can't be understood costs the look, no more.
