@@ -79,7 +79,7 @@ var oddsWays = []oddsWay{
 	},
 	{
 		name: "Berth without a view", start: func(h *oddsHost) *attempt { return h.search(false) },
-		// As many tries at random as there is time for. It asks for none twice, which is better.
+		// As many tries at random as there is time for. It asks for none twice, which is no worse.
 		most: func(taken float64) float64 { return math.Pow(taken, float64(searchTime/oddsAttempt)) },
 	},
 	{
