@@ -162,10 +162,10 @@ random, since taken ports come in blocks. It ends with the range, the
 number of ports that were tried, and the last refusal.
 
 Nothing uses it yet.`,
-		verified: "search_linux_test.go comes with the mapper",
+		verified: "odds_linux_test.go counts what fails on simulated hosts, beside what\nothers do; search_linux_test.go comes with the mapper",
 		reason:   "one taken port must not fail a container that takes any",
 		canGo:    "OSAllocator tells exhaustion, and asks the port driver (moby 50704)",
-		files:    []string{"search_linux.go", "allocatorports_linux.go"},
+		files:    []string{"search_linux.go", "allocatorports_linux.go", "odds_linux_test.go"},
 	},
 	{
 		subject: "libnet/pms/nat: find a free host port, if there is one",
