@@ -76,13 +76,9 @@ func meterCall(ctx context.Context, cfg []portmapperapi.PortBindingReq, s *searc
 }
 
 func meterOutcome(ctx context.Context, s *search, err error) string {
-	if err == nil {
-		return "published"
-	}
-	if words := (*told)(nil); errors.As(err, &words) {
-		err = words.error
-	}
 	switch {
+	case err == nil:
+		return "published"
 	case ctx.Err() != nil:
 		return "canceled"
 	case s.req == nil || causeOf(err, s.limit()).verdict() == no:
@@ -110,16 +106,18 @@ type meter struct{ PortDriverClient }
 
 func (d meter) AddPort(ctx context.Context, proto string, hostIP, childIP netip.Addr, hostPort int) (func() error, error) {
 	remove, err := d.PortDriverClient.AddPort(ctx, proto, hostIP, childIP, hostPort)
-	if err == nil {
-		return remove, nil
-	}
-	if late := (*unsettled)(nil); !errors.Is(err, errNoAnswer) {
+	switch {
+	case err == nil:
+	case !errors.Is(err, errNoAnswer):
 		meterRefusals[causeOf(&hostRefusal{host: hostIP, port: hostPort, err: err}, 0).verdict()].Inc()
-	} else if meterSilences.Inc(); errors.As(err, &late) {
-		go func() {
-			<-late.settled
-			meterLateUndos.Inc()
-		}()
+	default:
+		meterSilences.Inc()
+		if late := (*unsettled)(nil); errors.As(err, &late) {
+			go func() {
+				<-late.settled
+				meterLateUndos.Inc()
+			}()
+		}
 	}
 	return remove, err
 }
