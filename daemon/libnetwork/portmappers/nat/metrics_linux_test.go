@@ -102,7 +102,7 @@ func TestMetricsOfACall(t *testing.T) {
 		},
 		"a caller that has gone": {
 			ctx:  gone,
-			want: map[string]float64{"publishes_total dynamic canceled": 1},
+			want: map[string]float64{"publishes_total dynamic canceled": 1, "attempts sum": 1},
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
