@@ -66,7 +66,8 @@ esac
 # systemd: its systemd-analyze reads what `berth install` writes. The rest: make and its tests.
 packages='bzip2 ca-certificates curl debian-archive-keyring gcc git iproute2 iptables libc6-dev libcap2-bin libseccomp-dev make pkg-config procps shellcheck slirp4netns
 sudo systemd uidmap util-linux xz-utils'
-# What of them is looked for where there are no such packages. Fetching pasta's and pesto's sources takes apt: only tests need it, and say so.
+# What of them is looked for where there are no such packages. Fetching pasta's and pesto's sources, and Prometheus where it isn't, takes apt: only
+# tests need it, and say so.
 commands='bzip2 curl gcc git ip iptables make newgidmap newuidmap nsenter pkg-config ps setcap setpriv shellcheck slirp4netns sudo systemd-analyze tar xz'
 headers='seccomp.h stdlib.h'
 root=$(cd "$(dirname "$0")/.." && pwd)
