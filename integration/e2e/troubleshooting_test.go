@@ -14,11 +14,13 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/prometheus/procfs"
 	"golang.org/x/sys/unix"
 	"gotest.tools/v3/assert"
 	is "gotest.tools/v3/assert/cmp"
+	"gotest.tools/v3/poll"
 
 	"berth/hack/checkout"
 	"berth/hack/doctor"
@@ -99,7 +101,15 @@ func (s symptom) check(t *testing.T, who string, d *stacktest.Daemon) {
 			return
 		}
 		assert.NilError(t, kit.Signal(unix.SIGSTOP))
-		defer func() { assert.NilError(t, kit.Signal(unix.SIGCONT)) }()
+		defer func() {
+			assert.NilError(t, kit.Signal(unix.SIGCONT))
+			poll.WaitOn(t, func(poll.LogT) poll.Result {
+				if _, err := d.Run(t, s.run); err != nil {
+					return poll.Continue("after the silence: %v", err)
+				}
+				return poll.Success()
+			}, poll.WithTimeout(time.Minute))
+		}()
 		go run() // it takes 10 s
 	case "8082:80": // it has no descriptors left
 		p, err := procfs.NewProc(kit.PID)
