@@ -1,6 +1,6 @@
 # `make` lists the targets. All that is built goes to build/.
 .DEFAULT_GOAL := help
-.PHONY: help deps build bases patch stress users test race lock rootful clients fleet vm soak docs check bench bench-docs upstream-integration upstream-docs dist clean
+.PHONY: help deps build bases patch stress users test race lock rootful clients fleet vm soak docs check bench bench-docs model model-docs upstream-integration upstream-docs dist clean
 .NOTPARALLEL: # go uses all processors itself, and the order of what a target needs is meant
 
 BERTH := build/bin/berth
@@ -87,6 +87,14 @@ bench: deps build ## run the benchmarks N times, and hold them against the limit
 		  $(BENCH) -test.bench $(CLOSE) -test.benchtime 2s && \
 		  $(BENCH) -test.bench Hundred -test.benchtime 3x; } >>build/results/bench.txt || { cat build/results/bench.txt; exit 1; }; done
 	@go run ./integration/bench/report -plot build/results/search-cost.svg build/results/bench.txt
+
+model: ## simulate a million starts with Berth's search, and as many with others, on hosts whose ports are taken (build/results/model.json)
+	@mkdir -p build/results
+	go test -count=1 -timeout 20m -run '^TestOdds$$' ./daemon/libnetwork/portmappers/nat -odds.starts 500000 -odds.json $(CURDIR)/build/results/model.json
+	@go run ./integration/model build/results/model.json
+
+model-docs: ## put the plots that `make model` drew into docs
+	install -D -m 644 -t docs build/results/model-failures.svg build/results/model-calls.svg build/results/model-lock.svg
 
 bench-docs: ## put the plot that `make bench` drew into docs, where the README finds it
 	install -D -m 644 build/results/search-cost.svg docs/search-cost.svg

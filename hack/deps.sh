@@ -62,12 +62,13 @@ esac
 
 # uidmap, iproute2, iptables: RootlessKit's and dockerd's. procps, util-linux: ps and setpriv, for the stack and its tests.
 # gcc, libc6-dev: runc, pasta, pesto and the race detector. libseccomp-dev, pkg-config: runc. debian-archive-keyring, xz-utils: pasta, pesto.
-# curl: hack/stress.sh. slirp4netns: tests of its port driver. bzip2, sudo: upstream's integration tests.
+# curl: hack/stress.sh. libcap2-bin: setcap, which docs/troubleshooting.md proposes. slirp4netns: tests of its port driver. bzip2, sudo: upstream's integration tests.
 # systemd: its systemd-analyze reads what `berth install` writes. The rest: make and its tests.
-packages='bzip2 ca-certificates curl debian-archive-keyring gcc git iproute2 iptables libc6-dev libseccomp-dev make pkg-config procps shellcheck slirp4netns
+packages='bzip2 ca-certificates curl debian-archive-keyring gcc git iproute2 iptables libc6-dev libcap2-bin libseccomp-dev make pkg-config procps shellcheck slirp4netns
 sudo systemd uidmap util-linux xz-utils'
-# What of them is looked for where there are no such packages. Fetching pasta's and pesto's sources takes apt: only tests need it, and say so.
-commands='bzip2 curl gcc git ip iptables make newgidmap newuidmap nsenter pkg-config ps setpriv shellcheck slirp4netns sudo systemd-analyze tar xz'
+# What of them is looked for where there are no such packages. Fetching pasta's and pesto's sources, and Prometheus where it isn't, takes apt: only
+# tests need it, and say so.
+commands='bzip2 curl gcc git ip iptables make newgidmap newuidmap nsenter pkg-config ps setcap setpriv shellcheck slirp4netns sudo systemd-analyze tar xz'
 headers='seccomp.h stdlib.h'
 root=$(cd "$(dirname "$0")/.." && pwd)
 failed=no # something is missing that this script cannot set up

@@ -27,12 +27,12 @@ func lookFlags(cmd *cobra.Command) func() (*doctor.Host, error) {
 	}
 }
 
-// withReasons returns err, and before that says what this machine lacks, which may be why.
-func withReasons(cmd *cobra.Command, err error, ignore ...string) error {
+// withReasons returns err, and before that says what this machine lacks for a user's Docker, which may be why.
+func withReasons(cmd *cobra.Command, err error, uid int, ignore ...string) error {
 	if err == nil || cmd.Context().Err() != nil {
 		return err
 	}
-	if r, failed := doctor.Preconditions(ignore...); failed == nil && len(r.Findings) > 0 {
+	if r, failed := doctor.Preconditions(uid, ignore...); failed == nil && len(r.Findings) > 0 {
 		fmt.Fprintln(cmd.ErrOrStderr(), "`berth doctor` says of this machine:")
 		_ = r.Print(cmd.ErrOrStderr(), false)
 	}

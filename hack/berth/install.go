@@ -34,7 +34,7 @@ dockerd is made from. Done again, it updates. "berth uninstall" goes back.`,
 			if err := complete(cmd, &o); err != nil {
 				return err
 			}
-			return withReasons(cmd, install.Install(cmd.Context(), o))
+			return withReasons(cmd, install.Install(cmd.Context(), o), os.Getuid())
 		},
 	}
 	cmd.Flags().BoolVar(&o.Force, "force", false, "whatever version the installed Docker is, if there is one")

@@ -63,7 +63,7 @@ everything else as that user.`,
 			return fmt.Errorf("%w, perhaps with other options: end it with `%s` first", err, withName("berth down", *name))
 		}
 		if err != nil {
-			return withReasons(cmd, err, "runtime-dir") // a stack has its own
+			return withReasons(cmd, err, s.UID(), "runtime-dir") // a stack has its own
 		}
 		tellUp(cmd, s, from, *name, existed)
 		return nil

@@ -13,6 +13,7 @@ import (
 // Checks are all of them, in the order in which they are run. Their names stay.
 var Checks = []Check{
 	{Name: "daemon", Looks: "whether the daemon answers, and is patched", machine: patched},
+	{Name: "rootlesskit", Looks: "whether RootlessKit answers, and has descriptors left", machine: kits, ask: kit},
 	{Name: "newuidmap", Looks: "newuidmap and newgidmap, which give a user more ids", machine: newuidmap},
 	{Name: "subids", Looks: "this user's subordinate ids", machine: subids},
 	{Name: "tun", Looks: "/dev/net/tun, for RootlessKit's network drivers", machine: tun},
@@ -29,6 +30,29 @@ var Checks = []Check{
 	{Name: "privileged", Looks: "whether the port takes a privilege, and RootlessKit has it", port: privileged},
 	{Name: "held", Looks: "whether somebody has the port, and who", port: heldBy(0)},
 	{Name: "families", Looks: "whether the port is free for IPv6, too, where both are asked for", port: heldBy(1)},
+}
+
+// roomFor is how many descriptors a port takes, one for each address family.
+const roomFor = 2
+
+func kit(h *Host, _ Ask) *Finding {
+	switch d := h.daemon; {
+	case d != nil && d.maxFiles > 0 && d.files+roomFor > d.maxFiles: // then it can't answer either
+		return &Finding{Mark: Fail, Says: fmt.Sprintf("RootlessKit has %d descriptors open, of %d", d.files, d.maxFiles), Do: "raise the limit (ulimit -n, LimitNOFILE= of docker.service), and restart the daemon"}
+	case d != nil && d.silent:
+		return &Finding{Mark: Fail, Says: "RootlessKit does not answer", Do: "see whether it is running, and restart the rootless daemon"}
+	}
+	return nil
+}
+
+func kits(h *Host) []Finding {
+	if f := kit(h, Ask{}); f != nil {
+		return []Finding{*f}
+	}
+	if d := h.daemon; d == nil || d.maxFiles == 0 {
+		return nil
+	}
+	return []Finding{{Mark: OK, Says: fmt.Sprintf("RootlessKit answers, and has %d descriptors open, of %d", h.daemon.files, h.daemon.maxFiles)}}
 }
 
 func hasAddress(h *Host, a Ask) *Finding {
@@ -94,7 +118,7 @@ func privileged(h *Host, a Ask, port int) *Finding {
 			break
 		}
 	}
-	if d := h.daemon; d != nil {
+	if d := h.daemon; d != nil && d.bindsItself() {
 		if d.privileged {
 			return nil
 		}
@@ -124,7 +148,7 @@ func heldBy(family int) func(*Host, Ask, int) *Finding {
 
 func held(h *Host, proto string, addr netip.Addr, port int) *Finding {
 	err := h.bind(proto, addr, port)
-	if !errors.Is(err, unix.EADDRINUSE) && !errors.Is(err, unix.EACCES) {
+	if !errors.Is(err, unix.EADDRINUSE) && !errors.Is(err, unix.EACCES) && !errors.Is(err, unix.EPERM) {
 		return nil
 	}
 	who := h.holder(proto, addr, port) // a privileged port may be held, too
@@ -137,7 +161,7 @@ func held(h *Host, proto string, addr netip.Addr, port int) *Finding {
 	case who != "":
 		return &Finding{Says: fmt.Sprintf("is taken: %s has it", who), Do: "publish another port"}
 	case port >= h.unprivileged:
-		return &Finding{Says: "may not be bound, though it takes no privilege: a policy (SELinux, AppArmor) denies it"}
+		return &Finding{Says: "may not be bound, though it takes no privilege: a policy denies it (SELinux, AppArmor)", Do: "`sudo journalctl -k` may say which"}
 	}
 	return nil
 }

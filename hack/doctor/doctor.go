@@ -38,7 +38,7 @@ func (r Report) Failed() bool {
 	return slices.ContainsFunc(r.Findings, func(f Finding) bool { return f.Mark == Fail })
 }
 
-// Check is one thing that is looked at. Each has one of the functions.
+// Check is one thing that is looked at. Each has at least one of the functions.
 type Check struct {
 	Name, Looks string
 	machine     func(*Host) []Finding
@@ -135,7 +135,7 @@ func search(h *Host, checks []Check, a Ask) Finding {
 			continue
 		}
 		says := "can be published"
-		if !a.fixed() {
+		if !a.fixed() && port != 0 { // Windows chooses
 			says = fmt.Sprintf("can be published at %d", port)
 			if n > 0 {
 				says += fmt.Sprintf(", behind %d that can't", n)

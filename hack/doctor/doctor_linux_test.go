@@ -72,6 +72,12 @@ func TestWhatIsSaidOfAPort(t *testing.T) {
 		{ask: "80", check: "privileged", mark: Fail, says: "below 1024", root: "sysctl -w net.ipv4.ip_unprivileged_port_start=80"},
 		{ask: "80", host: kit(func(*Daemon) {}), check: "privileged", mark: Fail, root: "setcap cap_net_bind_service=ep /usr/bin/rootlesskit"},
 		{ask: "80", host: kit(func(d *Daemon) { d.privileged = true }), check: "port", mark: OK},
+		{ask: "80", host: kit(func(d *Daemon) { d.driver, d.privileged = "slirp4netns", true }), check: "privileged", mark: Fail, root: "sysctl -w net.ipv4.ip_unprivileged_port_start=80"},
+		{ask: "8080", host: kit(func(d *Daemon) { d.silent = true }), check: "rootlesskit", mark: Fail, says: "does not answer"},
+		{ask: "8080", host: kit(func(d *Daemon) { d.silent, d.files, d.maxFiles = true, 1023, 1024 }), check: "rootlesskit", mark: Fail, says: "has 1023 descriptors open, of 1024"},
+		{ask: "8080", host: kit(func(d *Daemon) { d.files, d.maxFiles = 1022, 1024 }), check: "port", mark: OK},
+		{ask: "8080", host: func(h *Host) { h.bind = func(string, netip.Addr, int) error { return unix.EPERM } }, check: "held", mark: Fail, says: "a process of user root"},
+		{ask: "8081", host: func(h *Host) { h.bind = func(string, netip.Addr, int) error { return unix.EPERM } }, check: "held", mark: Fail, says: "a policy denies it"},
 		{ask: "80", host: func(h *Host) { h.unprivileged = 80 }, check: "port", mark: OK},
 		{ask: "80", host: func(h *Host) { h.rootful = true }, check: "port", mark: OK},
 		{ask: "81", taken: []int{81}, host: func(h *Host) {
@@ -125,28 +131,67 @@ func TestPortDriverThatDoesNotSayWhy(t *testing.T) {
 	assert.Assert(t, !examine(t, h, "20500-20600").Failed())
 }
 
-func TestMachine(t *testing.T) {
-	for _, tt := range []struct{ distro, installs string }{
-		{"debian", "apt-get install -y uidmap"},
-		{"linuxmint ubuntu debian", "apt-get install -y uidmap"},
-		{"fedora", "dnf install -y shadow-utils"},
-		{"arch", "pacman -S --noconfirm shadow"},
+// What root does about each precondition, by distribution: most of it is the same on all, and only packages differ.
+func TestRemedies(t *testing.T) {
+	for _, tt := range []struct {
+		name     string
+		check    func(*Host) []Finding
+		ailing   func(*machine)
+		mark     Mark
+		says     string
+		remedy   []string            // on all of them
+		byDistro map[string][]string // or by os-release's ID and ID_LIKE
+	}{
+		{name: "newuidmap", check: newuidmap, ailing: func(m *machine) { m.programs = nil }, mark: Fail, says: "newuidmap or newgidmap is missing", byDistro: map[string][]string{
+			"debian": {"apt-get install -y uidmap"}, "ubuntu debian": {"apt-get install -y uidmap"},
+			"fedora": {"dnf install -y shadow-utils"}, "rocky rhel centos fedora": {"dnf install -y shadow-utils"},
+			"arch": {"pacman -S --noconfirm shadow"}, "alpine": {"# install the package that has newuidmap"},
+		}},
+		{name: "newgidmap alone", check: newuidmap, ailing: func(m *machine) { m.programs["newgidmap"] = false }, mark: Fail, says: "is missing", byDistro: map[string][]string{
+			"linuxmint ubuntu debian": {"apt-get install -y uidmap"},
+		}},
+		{name: "subids", check: subids, ailing: func(m *machine) { m.gids-- }, mark: Fail, says: "user u has 65536 subordinate uids and 65535 gids, of 65536", remedy: []string{"echo u:200000:65536 | tee -a /etc/subuid /etc/subgid"}},
+		{name: "no tun", check: tun, ailing: func(m *machine) { m.tun = os.ErrNotExist }, mark: Fail, says: "not exist", remedy: []string{"modprobe tun"}},
+		{name: "tun", check: tun, ailing: func(m *machine) { m.tun = os.ErrPermission }, mark: Fail, says: "permission denied", remedy: []string{"chmod 666 /dev/net/tun"}},
+		{name: "userns", check: userns, ailing: func(m *machine) { m.maxUserns = 0 }, mark: Fail, says: "max_user_namespaces is 0", remedy: []string{"sysctl -w user.max_user_namespaces=28633"}},
+		{name: "userns of Debian and Arch", check: userns, ailing: func(m *machine) { m.noClone = true }, mark: Fail, says: "unprivileged_userns_clone is 0", remedy: []string{"sysctl -w kernel.unprivileged_userns_clone=1"}},
+		{name: "userns of Ubuntu", check: userns, ailing: func(m *machine) { m.restricted = true }, mark: Note, says: "AppArmor restricts", remedy: []string{"sysctl -w kernel.apparmor_restrict_unprivileged_userns=0"}},
+		{name: "cgroup v1", check: cgroups, ailing: func(m *machine) { m.cgroup2 = false }, mark: Note, says: "no cgroup v2"},
+		{name: "no systemd of the user's", check: cgroups, ailing: func(m *machine) { m.controls = nil }, mark: Note, says: "systemd has no cgroup for this user", remedy: []string{"loginctl enable-linger u"}},
+		{name: "bus", check: cgroups, ailing: func(m *machine) { m.bus = false }, mark: Note, says: "no D-Bus", byDistro: map[string][]string{
+			"debian": {"apt-get install -y dbus-user-session"}, "ubuntu debian": {"apt-get install -y dbus-user-session"},
+			"fedora": {"dnf install -y dbus-daemon"}, "arch": {"pacman -S --noconfirm dbus"},
+		}},
+		{name: "delegation", check: cgroups, ailing: func(m *machine) { m.uncontrols = []string{"cpu"} }, mark: Note, says: "not delegated: cpu;", remedy: []string{
+			"mkdir -p /etc/systemd/system/user@.service.d",
+			`printf '[Service]\nDelegate=cpu cpuset io memory pids\n' >/etc/systemd/system/user@.service.d/delegate.conf`,
+			"systemctl daemon-reload",
+		}},
+		{name: "runtime-dir", check: runtimeDir, ailing: func(m *machine) { m.runtimeDir = "" }, mark: Fail, says: "XDG_RUNTIME_DIR is not set", remedy: []string{"loginctl enable-linger u"}},
 	} {
-		h := host()
-		h.machine.distro = tt.distro
-		assert.Check(t, is.DeepEqual(newuidmap(h)[0].Root, []string{tt.installs}))
+		for _, distro := range []string{"debian", "ubuntu debian", "fedora", "arch", "linuxmint ubuntu debian", "rocky rhel centos fedora", "alpine"} {
+			remedy := tt.remedy
+			if tt.byDistro != nil {
+				if remedy = tt.byDistro[distro]; remedy == nil {
+					continue
+				}
+			}
+			h := host()
+			h.machine = machine{
+				uid: 1000, user: "u", distro: distro, programs: map[string]bool{"newuidmap": true, "newgidmap": true}, uids: wantIDs, gids: wantIDs, nextID: 200000,
+				maxUserns: -1, cgroup2: true, bus: true, controls: []string{"memory", "pids"}, runtimeDir: t.TempDir(),
+			}
+			before := tt.check(h)[0]
+			assert.Check(t, is.Equal(before.Mark, OK), "%s: %+v", tt.name, before)
+			tt.ailing(&h.machine)
+			f := tt.check(h)[0]
+			assert.Check(t, is.Equal(f.Mark, tt.mark), "%s on %s", tt.name, distro)
+			assert.Check(t, is.Contains(f.Says, tt.says), "%s on %s", tt.name, distro)
+			assert.Check(t, is.DeepEqual(f.Root, remedy), "%s on %s", tt.name, distro)
+			h.machine.uid = 0 // root's Docker needs none of it
+			assert.Check(t, is.Len(tt.check(h), 0), tt.name)
+		}
 	}
-	h := host()
-	h.machine.uids, h.machine.gids = wantIDs, wantIDs-1
-	assert.Check(t, is.Equal(subids(h)[0].Mark, Fail))
-	h.machine.gids++
-	assert.Check(t, is.Equal(subids(h)[0].Mark, OK))
-	h.machine.maxUserns = 0
-	assert.Check(t, is.Equal(userns(h)[0].Mark, Fail))
-	h.machine.tun = os.ErrNotExist
-	assert.Check(t, is.DeepEqual(tun(h)[0].Root, []string{"modprobe tun"}))
-	h.machine.uid = 0 // root's Docker needs none of it
-	assert.Check(t, is.Len(tun(h), 0))
 }
 
 func TestHowFullTheRangeIs(t *testing.T) {
@@ -170,7 +215,7 @@ func TestHowFullTheRangeIs(t *testing.T) {
 
 func TestCgroupsPolicyAndRuntimeDir(t *testing.T) {
 	h := host()
-	h.machine.controls, h.machine.uncontrols = []string{"cpu", "memory", "pids"}, nil
+	h.machine.controls, h.machine.uncontrols, h.machine.cgroup2, h.machine.bus = []string{"cpu", "memory", "pids"}, nil, true, true
 	assert.Check(t, is.Equal(cgroups(h)[0].Mark, OK))
 	h.machine.controls, h.machine.uncontrols = []string{"memory", "pids"}, []string{"cpu"}
 	assert.Check(t, is.Contains(cgroups(h)[0].Says, "not delegated: cpu;"))
@@ -198,15 +243,15 @@ func TestSubIDsToPropose(t *testing.T) {
 	assert.NilError(t, os.WriteFile(gids, []byte("a:600000:10\n"), 0o600))
 	h := host()
 	h.machine.nextID = nextID(uids, gids)
-	assert.Check(t, is.DeepEqual(subids(h)[0].Root, []string{"usermod --add-subuids 600010-665545 --add-subgids 600010-665545 u"}))
+	assert.Check(t, is.DeepEqual(subids(h)[0].Root, []string{"echo u:600010:65536 | tee -a /etc/subuid /etc/subgid"}))
 }
 
 // What root pastes serves all that was asked for, in the order in which it has to be done.
 func TestBlockForRoot(t *testing.T) {
 	r := examine(t, host(), "443", "80", "40000", "40001", "40000/udp")
 	assert.Check(t, is.DeepEqual(r.block(), []string{
-		"sysctl -w net.ipv4.ip_unprivileged_port_start=80",
-		"sysctl -w net.ipv4.ip_local_reserved_ports=40000,40001",
+		"sysctl -w net.ipv4.ip_unprivileged_port_start=80 | tee -a /etc/sysctl.d/99-rootless.conf",
+		"sysctl -w net.ipv4.ip_local_reserved_ports=40000,40001 | tee -a /etc/sysctl.d/99-rootless.conf",
 	}))
 	list := ParseExcluded(english)
 	r = Report{Findings: []Finding{*excluded(list, "ipv4", "tcp", 1433), *excluded(list, "ipv4", "tcp", 51600)}}

@@ -47,15 +47,29 @@ func reserveLine(list []Excluded) string {
 	return "sysctl -w net.ipv4.ip_local_reserved_ports=" + strings.Join(spans, ",")
 }
 
-// excluded says of a port what Windows' exclusions mean for it. Of ranges that overlap, an administered one counts: the port is
-// then kept for whoever asks for it by number.
-func excluded(list []Excluded, family, proto string, port int) *Finding {
-	var in *Excluded
+// rangeOf is the range that has the port, or nil. Of ranges that overlap, an administered one counts: the port is then kept for
+// whoever asks for it by number.
+func rangeOf(list []Excluded, port int) (in *Excluded) {
 	for i, e := range list {
 		if e.First <= port && port <= e.Last && (in == nil || e.Administered) {
 			in = &list[i]
 		}
 	}
+	return in
+}
+
+// administered says of a port that an administrator has excluded it.
+func administered(list []Excluded, family, proto string, port int) *Finding {
+	in := rangeOf(list, port)
+	if in == nil || !in.Administered {
+		return nil
+	}
+	return &Finding{Mark: Note, Says: fmt.Sprintf("is excluded by an administrator (%d-%d *, %s, %s): nobody gets it by chance, and you, by its number", in.First, in.Last, family, proto)}
+}
+
+// excluded says of a port that Windows itself has excluded it.
+func excluded(list []Excluded, family, proto string, port int) *Finding {
+	in := rangeOf(list, port)
 	if in == nil || in.Administered {
 		return nil
 	}

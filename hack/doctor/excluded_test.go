@@ -51,5 +51,10 @@ func TestWhatIsSaidOfAnExcludedPort(t *testing.T) {
 	overlapping := ParseExcluded("50000 50100\n50010 50020 *\n")
 	assert.Check(t, excluded(overlapping, "ipv4", "tcp", 50015) == nil)
 	assert.Check(t, excluded(overlapping, "ipv4", "tcp", 50030) != nil)
+	assert.Check(t, is.DeepEqual(administered(overlapping, "ipv4", "tcp", 50015), &Finding{
+		Mark: Note, Says: "is excluded by an administrator (50010-50020 *, ipv4, tcp): nobody gets it by chance, and you, by its number",
+	}))
+	assert.Check(t, administered(overlapping, "ipv4", "tcp", 50030) == nil)
+	assert.Check(t, administered(list, "ipv4", "tcp", 1434) == nil)
 	assert.Check(t, is.Equal(reserveLine(list), "sysctl -w net.ipv4.ip_local_reserved_ports=80,1433,50000-50059,51563-51662"))
 }

@@ -39,7 +39,7 @@ type Host struct {
 
 // Look gathers what is the same for all requests, of the network namespace that the caller is in.
 func Look(d *Daemon, rootful bool) (*Host, error) {
-	h := &Host{daemon: d, rootful: rootful, bind: tryBind, sockets: sync.OnceValue(listSockets), processes: sync.OnceValue(listProcesses), machine: lookAtMachine()}
+	h := &Host{daemon: d, rootful: rootful, bind: tryBind, sockets: sync.OnceValue(listSockets), processes: sync.OnceValue(listProcesses), machine: lookAtMachine(os.Getuid())}
 	var err error
 	if h.unprivileged, err = number("/proc/sys/net/ipv4/ip_unprivileged_port_start"); err != nil {
 		return nil, err

@@ -47,16 +47,27 @@ func (h *Host) shrugs() int { return 0 }
 
 // Checks are all of them, in the order in which they are run.
 var Checks = []Check{
-	{Name: "excluded", Looks: "the ports that Windows keeps from programs (netsh)", machine: exclusions, port: func(h *Host, a Ask, port int) *Finding {
-		for _, family := range families(a) {
-			if f := excluded(h.excluded[family+a.Proto], family, a.Proto, port); f != nil {
-				return f
-			}
+	{Name: "excluded", Looks: "the ports that Windows keeps from programs (netsh)", machine: exclusions, ask: func(h *Host, a Ask) *Finding {
+		if len(h.errs) > 0 {
+			return &Finding{Mark: Note, Says: "whether Windows excludes it is not known: " + h.errs[0].Error()}
 		}
-		return nil
-	}},
+		if !a.fixed() {
+			return nil
+		}
+		return h.lookUp(administered, a, a.First)
+	}, port: func(h *Host, a Ask, port int) *Finding { return h.lookUp(excluded, a, port) }},
 	twice,
 	{Name: "held", Looks: "whether the port can be bound", port: bindable},
+}
+
+// lookUp is what says has to say of a port, in the list of the first family of which it has something to say.
+func (h *Host) lookUp(says func([]Excluded, string, string, int) *Finding, a Ask, port int) *Finding {
+	for _, family := range families(a) {
+		if f := says(h.excluded[family+a.Proto], family, a.Proto, port); f != nil {
+			return f
+		}
+	}
+	return nil
 }
 
 func exclusions(h *Host) (list []Finding) {

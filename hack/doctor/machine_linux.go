@@ -7,7 +7,6 @@ import (
 	"maps"
 	"os"
 	"os/exec"
-	"os/user"
 	"slices"
 	"strconv"
 	"strings"
@@ -27,19 +26,18 @@ type machine struct {
 	nextID     int64 // behind all ranges of /etc/subuid and /etc/subgid
 	tun        error
 	maxUserns  int // -1: there is no such limit
+	noClone    bool
 	restricted bool
+	cgroup2    bool
+	bus        bool     // the user has a D-Bus, by which runc asks systemd
 	controls   []string // cgroup controllers that the user has
 	uncontrols []string // and those that limits of containers need besides
 	runtimeDir string
 	policies   []string
 }
 
-func lookAtMachine() machine {
-	m := machine{uid: os.Getuid(), programs: map[string]bool{}, maxUserns: -1, runtimeDir: os.Getenv("XDG_RUNTIME_DIR")}
-	m.user = strconv.Itoa(m.uid)
-	if u, err := user.Current(); err == nil {
-		m.user = u.Username
-	}
+func lookAtMachine(uid int) machine {
+	m := machine{uid: uid, user: userName(uint32(uid)), programs: map[string]bool{}, maxUserns: -1, runtimeDir: os.Getenv("XDG_RUNTIME_DIR")}
 	if data, err := os.ReadFile("/etc/os-release"); err == nil {
 		for line := range strings.Lines(string(data)) {
 			if name, value, _ := strings.Cut(strings.TrimSpace(line), "="); name == "ID" || name == "ID_LIKE" {
@@ -53,15 +51,18 @@ func lookAtMachine() machine {
 	}
 	m.uids, m.gids = m.countIDs("/etc/subuid"), m.countIDs("/etc/subgid", "-g")
 	m.nextID = nextID("/etc/subuid", "/etc/subgid")
-	f, err := os.OpenFile("/dev/net/tun", os.O_RDWR, 0)
-	if m.tun = err; err == nil {
-		f.Close()
-	}
+	m.tun = m.openTun()
 	if n, err := number("/proc/sys/user/max_user_namespaces"); err == nil {
 		m.maxUserns = n
 	}
-	n, err := number("/proc/sys/kernel/apparmor_restrict_unprivileged_userns")
+	n, err := number("/proc/sys/kernel/apparmor_restrict_unprivileged_userns") // Ubuntu's
 	m.restricted = err == nil && n == 1
+	n, err = number("/proc/sys/kernel/unprivileged_userns_clone") // Debian's and Arch's
+	m.noClone = err == nil && n == 0
+	_, err = os.Stat("/sys/fs/cgroup/cgroup.controllers")
+	m.cgroup2 = err == nil
+	_, err = os.Stat(fmt.Sprintf("/run/user/%d/bus", m.uid))
+	m.bus = err == nil
 	m.controls, m.uncontrols = stack.Delegated("/", m.uid)
 	if data, err := os.ReadFile("/sys/fs/selinux/enforce"); err == nil && strings.TrimSpace(string(data)) == "1" {
 		m.policies = append(m.policies, "SELinux")
@@ -70,6 +71,23 @@ func lookAtMachine() machine {
 		m.policies = append(m.policies, "AppArmor")
 	}
 	return m
+}
+
+// openTun tells why the user can't open /dev/net/tun. Of another user's rights, root sees the mode.
+func (m machine) openTun() error {
+	const file = "/dev/net/tun"
+	if m.uid != os.Getuid() {
+		info, err := os.Stat(file)
+		if err == nil && info.Mode().Perm()&0o006 != 0o006 {
+			err = &os.PathError{Op: "open", Path: file, Err: os.ErrPermission}
+		}
+		return err
+	}
+	f, err := os.OpenFile(file, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	return f.Close()
 }
 
 // countIDs asks getsubids, which knows also those of a directory service; without it, the file.
@@ -102,26 +120,32 @@ func nextID(files ...string) int64 {
 	return next
 }
 
-// packages installs what has newuidmap.
-func (m machine) packages() string {
-	has := func(id string) bool { return slices.Contains(strings.Fields(m.distro), id) }
-	switch {
-	case has("fedora"):
-		return "dnf install -y shadow-utils"
-	case has("arch"):
-		return "pacman -S --noconfirm shadow"
-	case has("debian"), has("ubuntu"):
-		return "apt-get install -y uidmap"
-	}
-	return "install the package that has newuidmap"
+// packages are what has a program, in the distributions that others are like (os-release(5)): Ubuntu is like Debian.
+var packages = map[string]map[string]string{
+	"newuidmap":         {"debian": "apt-get install -y uidmap", "fedora": "dnf install -y shadow-utils", "arch": "pacman -S --noconfirm shadow"},
+	"a D-Bus for users": {"debian": "apt-get install -y dbus-user-session", "fedora": "dnf install -y dbus-daemon", "arch": "pacman -S --noconfirm dbus"},
 }
 
-// Preconditions has what is not in order of what a rootless Docker needs of this machine. It is for when something has failed.
-func Preconditions(ignore ...string) (r Report, _ error) {
+// install is what root types to have a program.
+func (m machine) install(program string) string {
+	for _, id := range strings.Fields(m.distro) {
+		if id == "ubuntu" {
+			id = "debian"
+		}
+		if command := packages[program][id]; command != "" {
+			return command
+		}
+	}
+	return "# install the package that has " + program
+}
+
+// Preconditions has what is not in order of what a user's rootless Docker needs of this machine. It is for when something has failed.
+func Preconditions(uid int, ignore ...string) (r Report, _ error) {
 	h, err := Look(nil, false)
 	if err != nil {
 		return r, err
 	}
+	h.machine = lookAtMachine(uid)
 	checks, err := Find(append(ignore, "daemon", "cgroups", "room", "policy")) // those keep nothing from starting
 	if err != nil {
 		return r, err
@@ -136,7 +160,7 @@ func (h *Host) rootless() bool { return !h.rootful && h.machine.uid != 0 }
 
 func patched(h *Host) []Finding {
 	switch d := h.daemon; {
-	case d == nil:
+	case d == nil, d.version == "":
 		return []Finding{{Mark: Note, Says: "no daemon answers: what depends on its port driver is not checked"}}
 	case !d.patched():
 		return []Finding{{Mark: Note, Says: d.version + ", stock: it may fail to find a free port on a busy host", Do: "`berth install` installs the patched one"}}
@@ -152,7 +176,7 @@ func newuidmap(h *Host) []Finding {
 	if h.machine.programs["newuidmap"] && h.machine.programs["newgidmap"] {
 		return []Finding{{Mark: OK, Says: "newuidmap and newgidmap are there"}}
 	}
-	return []Finding{{Mark: Fail, Says: "newuidmap or newgidmap is missing", Do: "install them", Root: []string{h.machine.packages()}}}
+	return []Finding{{Mark: Fail, Says: "newuidmap or newgidmap is missing", Do: "install them", Root: []string{h.machine.install("newuidmap")}}}
 }
 
 // wantIDs is what an image may need, and what useradd gives.
@@ -168,8 +192,9 @@ func subids(h *Host) []Finding {
 	}
 	return []Finding{{
 		Mark: Fail, Says: fmt.Sprintf("user %s has %d subordinate uids and %d gids, of %d", m.user, m.uids, m.gids, wantIDs),
-		Do:   "get a range that nobody else has (/etc/subuid, /etc/subgid)",
-		Root: []string{fmt.Sprintf("usermod --add-subuids %[1]d-%[2]d --add-subgids %[1]d-%[2]d %[3]s", m.nextID, m.nextID+wantIDs-1, m.user)},
+		Do: "get a range that nobody else has (/etc/subuid, /etc/subgid)",
+		// usermod(8) knows neither a user of a directory service, nor what to do without the files.
+		Root: []string{fmt.Sprintf("echo %s:%d:%d | tee -a /etc/subuid /etc/subgid", m.user, m.nextID, wantIDs)},
 	}}
 }
 
@@ -192,10 +217,12 @@ func userns(h *Host) []Finding {
 		return nil
 	case m.maxUserns == 0:
 		return []Finding{{Mark: Fail, Says: "user.max_user_namespaces is 0", Do: "allow some", Root: []string{"sysctl -w user.max_user_namespaces=28633"}}}
+	case m.noClone:
+		return []Finding{{Mark: Fail, Says: "kernel.unprivileged_userns_clone is 0", Do: "let users make them", Root: []string{"sysctl -w kernel.unprivileged_userns_clone=1"}}}
 	case m.restricted:
 		return []Finding{{
 			Mark: Note, Says: "AppArmor restricts user namespaces (kernel.apparmor_restrict_unprivileged_userns): rootlesskit needs a profile",
-			Do: "Docker's packages have one for /usr/bin/rootlesskit; or lift it for all", Root: []string{"sysctl -w kernel.apparmor_restrict_unprivileged_userns=0"},
+			Do: "apparmor's package has one for /usr/bin/rootlesskit; or lift it for all", Root: []string{"sysctl -w kernel.apparmor_restrict_unprivileged_userns=0"},
 		}}
 	}
 	return []Finding{{Mark: OK, Says: "a user may make user namespaces"}}
@@ -205,13 +232,17 @@ func cgroups(h *Host) []Finding {
 	switch m := h.machine; {
 	case !h.rootless():
 		return nil
+	case !m.cgroup2:
+		return []Finding{{Mark: Note, Says: "this machine has no cgroup v2: limits of containers (--memory) have no effect", Do: "boot Linux with systemd.unified_cgroup_hierarchy=1"}}
 	case len(m.controls) == 0:
-		return []Finding{{Mark: Note, Says: "systemd has no cgroup for this user: limits of containers (--memory) have no effect"}}
+		return []Finding{{Mark: Note, Says: "systemd has no cgroup for this user: limits of containers (--memory) have no effect", Do: "log in through systemd, or linger", Root: []string{"loginctl enable-linger " + m.user}}}
+	case !m.bus:
+		return []Finding{{Mark: Note, Says: "this user has no D-Bus: limits of containers (--memory) have no effect", Do: "install it, and log in again", Root: []string{m.install("a D-Bus for users")}}}
 	case len(m.uncontrols) == 0:
 		return []Finding{{Mark: OK, Says: "delegated: " + strings.Join(m.controls, " ")}}
 	default:
 		return []Finding{{
-			Mark: Note, Says: "not delegated: " + strings.Join(m.uncontrols, ", ") + "; limits of containers that need them have no effect", Do: "have systemd delegate them",
+			Mark: Note, Says: "not delegated: " + strings.Join(m.uncontrols, ", ") + "; limits of containers that need them have no effect", Do: "have systemd delegate them, and log in again",
 			Root: []string{
 				"mkdir -p /etc/systemd/system/user@.service.d",
 				`printf '[Service]\nDelegate=cpu cpuset io memory pids\n' >/etc/systemd/system/user@.service.d/delegate.conf`,

@@ -75,6 +75,9 @@ func (r Report) block() (block []string) {
 			}
 		}
 	}
+	for _, i := range set { // as sysctl prints it, it is what sysctl.d(5) reads at the next boot
+		block[i] += " | tee -a /etc/sysctl.d/99-rootless.conf"
+	}
 	return block
 }
 

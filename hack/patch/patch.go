@@ -2,6 +2,7 @@
 package patch
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -27,12 +28,13 @@ type step struct {
 	reason   string   // in a line, for whoever asks years later why this is carried
 	canGo    string   // when upstream will not need it any more
 	files    []string // of the patch; each file is of one step, the door of the first one, too
+	mark     string   // what all lines of the door have that come with this step, and no others; "" if none do
 }
 
-// door is the file that the first step takes the port driver's interface out of, and that the last step of the package replaces.
+// door is the file that the first step takes the port driver's interface out of, and that a later one replaces.
 const door = "mapper_linux.go"
 
-// own is the folder, in the checkout, of what the last step adds elsewhere in upstream's tree: its paths are upstream's.
+// own is the folder, in the checkout, of what the step without files of the patch adds elsewhere in upstream's tree: its paths are upstream's.
 const own = "hack/patch/testdata/upstream"
 
 // Series is where to write the mails of one base to, and what they are made of.
@@ -79,7 +81,7 @@ func (s Series) write(ctx context.Context, steps []step) (retErr error) {
 		return err
 	}
 	for i, step := range steps {
-		if err := s.lay(repo, files, step, i == 0, i == len(steps)-1); err != nil {
+		if err := s.lay(repo, files, steps, i); err != nil {
 			return err
 		}
 		if err := repo.commit(ctx, step.message(who)); err != nil {
@@ -129,10 +131,10 @@ func checkTable(steps []step, files map[string]string) error {
 	return errors.Join(errs...)
 }
 
-// lay lays the step's files over the repository's.
-func (s Series) lay(repo repository, files map[string]string, step step, first, last bool) error {
-	if first {
-		name := filepath.Join(repo.dir, tree.PatchDir, door)
+// lay lays the files of the i-th step over the repository's.
+func (s Series) lay(repo repository, files map[string]string, steps []step, i int) error {
+	name := filepath.Join(repo.dir, tree.PatchDir, door)
+	if i == 0 {
 		src, err := os.ReadFile(name)
 		if err != nil {
 			return err
@@ -144,20 +146,55 @@ func (s Series) lay(repo repository, files map[string]string, step step, first, 
 			return err
 		}
 	}
-	for _, file := range step.files {
+	for _, file := range steps[i].files {
 		path := filepath.Join(tree.PatchDir, file)
 		if err := tree.CopyFile(filepath.Join(repo.dir, path), files[path], 0o644); err != nil {
 			return err
 		}
 	}
-	if !last {
+	if slices.Contains(steps[i].files, door) || steps[i].mark != "" {
+		src, err := os.ReadFile(files[filepath.Join(tree.PatchDir, door)])
+		if err != nil {
+			return err
+		}
+		for _, later := range steps[i+1:] {
+			if src, err = withoutLines(src, later.mark); err != nil {
+				return fmt.Errorf("%s before %q: %w", door, later.subject, err)
+			}
+		}
+		if err := os.WriteFile(name, src, 0o644); err != nil {
+			return err
+		}
+	}
+	if len(steps[i].files) > 0 {
 		return nil
 	}
-	elsewhere := os.DirFS(filepath.Join(s.Root, own))
-	if _, err := os.Stat(filepath.Join(s.Root, own)); errors.Is(err, os.ErrNotExist) {
+	elsewhere := filepath.Join(s.Root, own)
+	if _, err := os.Stat(elsewhere); errors.Is(err, os.ErrNotExist) {
 		return nil
 	}
-	return os.CopyFS(repo.dir, elsewhere)
+	return os.CopyFS(repo.dir, os.DirFS(elsewhere))
+}
+
+// withoutLines is the Go source without the lines that have the mark: there are some, and what is left is formatted as Go is.
+func withoutLines(src []byte, mark string) ([]byte, error) {
+	if mark == "" {
+		return src, nil
+	}
+	var rest []byte
+	for line := range bytes.Lines(src) {
+		if !bytes.Contains(line, []byte(mark)) {
+			rest = append(rest, line...)
+		}
+	}
+	if len(rest) == len(src) {
+		return nil, fmt.Errorf("no line has %q", mark)
+	}
+	formatted, err := format.Source(rest)
+	if err == nil && !bytes.Equal(formatted, rest) {
+		err = fmt.Errorf("without the lines that have %q, it isn't formatted", mark)
+	}
+	return rest, err
 }
 
 // withoutType is the Go source without its declaration of the type.

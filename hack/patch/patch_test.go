@@ -34,12 +34,26 @@ import "context"
 // NewPortMapper is upstream's.
 func NewPortMapper(PortDriverClient) {}
 `
+	counting = `package nat
+
+func ours() {
+	defer counter()
+	println()
+}
+`
+	uncounted = `package nat
+
+func ours() {
+	println()
+}
+`
 )
 
 var small = []step{
 	{subject: "nat: move", body: "\nWhy.\n", verified: "run it", reason: "so", canGo: "never", files: []string{"driver_linux.go"}},
 	{subject: "nat: search", body: "Why not.", canGo: "soon", files: []string{"mapper_linux.go", "search_linux.go"}},
 	{subject: "integration: test", body: "Because.", canGo: "never"},
+	{subject: "nat: count", body: "Whoever wants to.", canGo: "any time", files: []string{"count_linux.go"}, mark: "counter"},
 }
 
 // series is a small Berth, and a small base of it.
@@ -54,7 +68,8 @@ func series(t *testing.T) Series {
 	root := gofs.NewDir(t, "root",
 		gofs.WithDir(tree.PatchDir,
 			gofs.WithFile("driver_linux.go", "package nat // driver\n"),
-			gofs.WithFile("mapper_linux.go", "package nat // ours\n"),
+			gofs.WithFile("count_linux.go", "package nat // count\n"),
+			gofs.WithFile("mapper_linux.go", counting),
 			gofs.WithFile("search_linux.go", "package nat // search\n"),
 		),
 		gofs.WithDir(own+"/integration", gofs.WithFile("ours_test.go", "package integration\n")),
@@ -87,7 +102,7 @@ func TestSeriesGivesThePatchedTree(t *testing.T) {
 	s := series(t)
 	assert.NilError(t, s.write(t.Context(), small))
 	got := mails(t, s.Dir)
-	names := []string{"0000-cover-letter.patch", "0001-nat-move.patch", "0002-nat-search.patch", "0003-integration-test.patch"}
+	names := []string{"0000-cover-letter.patch", "0001-nat-move.patch", "0002-nat-search.patch", "0003-integration-test.patch", "0004-nat-count.patch"}
 	assert.Assert(t, is.Len(got, len(names)))
 
 	// As whoever gets it does.
@@ -103,18 +118,15 @@ func TestSeriesGivesThePatchedTree(t *testing.T) {
 	for i, name := range names[1:] {
 		_, err := repo.git(t.Context(), "am", "-q", filepath.Join(s.Dir, name))
 		assert.NilError(t, err)
-		if i == 0 {
-			assert.Equal(t, mapper(), moved)
-		}
+		assert.Equal(t, mapper(), []string{moved, uncounted, uncounted, counting}[i])
 	}
-	assert.Equal(t, mapper(), "package nat // ours\n")
 	files, err := repo.git(t.Context(), "ls-files")
 	assert.NilError(t, err)
 	assert.DeepEqual(t, strings.Fields(files), []string{
-		tree.PatchDir + "/driver_linux.go", tree.PatchDir + "/mapper_linux.go", tree.PatchDir + "/mapper_linux_test.go",
+		tree.PatchDir + "/count_linux.go", tree.PatchDir + "/driver_linux.go", tree.PatchDir + "/mapper_linux.go", tree.PatchDir + "/mapper_linux_test.go",
 		tree.PatchDir + "/search_linux.go", "integration/ours_test.go",
 	})
-	message, err := repo.git(t.Context(), "log", "-1", "--format=%an <%ae>%n%B", "HEAD~2")
+	message, err := repo.git(t.Context(), "log", "-1", "--format=%an <%ae>%n%B", "HEAD~3")
 	assert.NilError(t, err)
 	assert.Equal(t, strings.TrimSpace(message), "Some Body <some@example.com>\nnat: move\n\nWhy.\n\nHow to verify it: the package compiles, vets, and passes its tests;\nrun it.\n\nReason: so\nCan-go-when: never\nSigned-off-by: Some Body <some@example.com>")
 }
@@ -125,7 +137,7 @@ func TestCoverLetter(t *testing.T) {
 	cover := mails(t, s.Dir)["0000-cover-letter.patch"]
 	subject, _, _ := strings.Cut(coverText, "\n")
 	assert.Check(t, is.Contains(cover, "\nFrom: Some Body <some@example.com>\n"))
-	assert.Check(t, is.Contains(cover, "\nSubject: [PATCH 0/3] "+subject+"\n"))
+	assert.Check(t, is.Contains(cover, "\nSubject: [PATCH 0/4] "+subject+"\n"))
 	assert.Check(t, is.Contains(cover, "\n| base |\n| --- |\n| v1.0.0 |\n"))
 	assert.Check(t, !strings.Contains(cover, "| another"))
 	assert.Check(t, is.Contains(cover, "(not measured)")) // docs/upstream.md is not there
@@ -148,7 +160,7 @@ func TestWrittenAgainItIsTheSame(t *testing.T) {
 	s := series(t)
 	assert.NilError(t, s.write(t.Context(), small))
 	first := mails(t, s.Dir)
-	assert.NilError(t, os.WriteFile(filepath.Join(s.Dir, "0004-older.patch"), nil, 0o644))
+	assert.NilError(t, os.WriteFile(filepath.Join(s.Dir, "0005-older.patch"), nil, 0o644))
 	t.Setenv("GIT_AUTHOR_DATE", "2005-05-05T05:05:05Z") // nor does the machine matter
 	t.Setenv("GIT_DIR", "/nowhere")
 	assert.NilError(t, s.write(t.Context(), small))
@@ -185,6 +197,15 @@ func TestEveryFileOfThePatchIsOfOneStep(t *testing.T) {
 	files, err := tree.Patch("../..")
 	assert.NilError(t, err)
 	assert.NilError(t, checkTable(steps, files))
+}
+
+func TestDoorWithoutALaterStep(t *testing.T) {
+	_, err := withoutLines([]byte(uncounted), "counter")
+	assert.Error(t, err, `no line has "counter"`)
+	_, err = withoutLines([]byte("package nat\n\nvar a = 1\n\nvar counter = 2\n"), "counter")
+	assert.Error(t, err, `without the lines that have "counter", it isn't formatted`)
+	_, err = withoutLines([]byte("package nat\n\nfunc f() { // counter\n}\n"), "counter")
+	assert.ErrorContains(t, err, "expected declaration")
 }
 
 // What upstream's rules for commit messages ask for.

@@ -1,7 +1,7 @@
 package patch
 
 // steps are the series, from the ground up: a step stands on those before it. The package compiles and passes its tests and upstream's
-// after each, though nothing of it is used before the last of the package: that one puts the rooms together.
+// after each, though nothing of it is used before the door comes: that puts the rooms together. The last one can be left out.
 var steps = []step{
 	{
 		subject: "libnet/pms/nat: give PortDriverClient its own file",
@@ -162,10 +162,10 @@ random, since taken ports come in blocks. It ends with the range, the
 number of ports that were tried, and the last refusal.
 
 Nothing uses it yet.`,
-		verified: "search_linux_test.go comes with the mapper",
+		verified: "odds_linux_test.go counts what fails on simulated hosts, beside what\nothers do; search_linux_test.go comes with the mapper",
 		reason:   "one taken port must not fail a container that takes any",
 		canGo:    "OSAllocator tells exhaustion, and asks the port driver (moby 50704)",
-		files:    []string{"search_linux.go", "allocatorports_linux.go"},
+		files:    []string{"search_linux.go", "allocatorports_linux.go", "odds_linux_test.go"},
 	},
 	{
 		subject: "libnet/pms/nat: find a free host port, if there is one",
@@ -200,5 +200,23 @@ is published on another port. Without the search, all of them fail.`,
 		verified: "it fails 10 times of 10 with a stock daemon, and passes 10 of 10",
 		reason:   "the tests that flaked on this do so by chance",
 		canGo:    "never: it is a test",
+	},
+	{
+		subject: "libnet/pms/nat: count what publishing ports takes",
+		body: `
+With --metrics-addr, export how requests for host ports ended, how many
+attempts and seconds they took, the looks at the host, the port driver's
+refusals, what RootlessKit did not answer, what was undone late, and how
+many dynamic ports are left. Add a span for MapPorts, with its attempts
+and the port, where the caller's is recorded.
+
+It is a driver around a driver, and a line at the door; nothing that is
+published differs. The modules are those that the daemon has already.
+This commit can be left out.`,
+		verified: "metrics_linux_test.go gathers the registry around publishes",
+		reason:   "a host that runs out of ports is seen before starts fail",
+		canGo:    "when nobody scrapes it; it stands on all else, and nothing on it",
+		files:    []string{"metrics_linux.go", "portsleft_linux.go", "metrics_linux_test.go"},
+		mark:     "meter",
 	},
 }

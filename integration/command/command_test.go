@@ -234,9 +234,10 @@ var elsewhere = []string{
 	`berth build --base VERSION`,                         // hack/build, integration/upstream
 	`berth rebase --dry-run VERSION`,                     // hack/rebase
 	`berth patch|git -C \.\./moby am .*`,                 // hack/patch, integration/upstream
-	`make (stress|test|dist|users|clients|fleet|vm|soak|race|build|bench|bases|patch|upstream-integration)`, // checked to be targets
-	`berth --help`,   // read above
-	`berth doctor.*`, // TestDoctor
+	`make (stress|test|dist|users|clients|fleet|vm|soak|race|build|bench|model|bases|patch|upstream-integration)`, // checked to be targets
+	`berth --help`,                          // read above
+	`berth doctor.*`,                        // TestDoctor
+	`sudo (ss|sysctl|setcap) .*|ip address`, // integration/e2e
 }
 
 // Every line that people are told to type does what is said of it, in an order that a day has.
@@ -358,6 +359,16 @@ func TestDoctor(t *testing.T) {
 		}
 	}
 	assert.Assert(t, tried > 5)
+	u.ok(t, "berth doctor --ignore privileged 80", "ok")
+	u.ok(t, "berth doctor 0", "can be published at ")
+	for line, colour := range map[string]bool{
+		"script -qec 'berth doctor 80' /dev/null": true, "NO_COLOR=1 script -qec 'berth doctor 80' /dev/null": false, "berth doctor 80": false,
+	} {
+		r := u.sh(t, line)
+		assert.Check(t, is.Equal(r.status, 1), line)
+		assert.Check(t, is.Contains(r.stdout, "fail"), line)
+		assert.Check(t, is.Equal(strings.Contains(r.stdout, "\x1b["), colour), "%s: %q", line, r.stdout)
+	}
 	u.fails(t, "berth doctor nosuch", 2, "want PORT[/PROTO]")
 	u.fails(t, "berth doctor --ignore nosuch", 2, `no check "nosuch"`)
 }

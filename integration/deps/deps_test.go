@@ -30,7 +30,7 @@ func TestOffDebianItNamesWhatIsMissing(t *testing.T) {
 	cmd.Env = append(os.Environ(), "PATH="+bin, "CC=gcc -nostdinc -I/nowhere")
 	out, err := cmd.CombinedOutput()
 	assert.ErrorContains(t, err, "exit status 1")
-	assert.Check(t, is.Contains(string(out), "commands missing: bzip2 shellcheck slirp4netns sudo xz\n"))
+	assert.Check(t, is.Contains(string(out), "commands missing: bzip2 setcap shellcheck slirp4netns sudo xz\n"))
 	assert.Check(t, is.Contains(string(out), "C headers missing: seccomp.h stdlib.h\n"))
 }
 

@@ -186,6 +186,7 @@ func runMatrix(t *testing.T, k kit) []outcome {
 				// The CLI's own words stand around the daemon's.
 				_, says, _ := strings.Cut(err.Error(), "Error response from daemon: ")
 				o.Error, _, _ = strings.Cut(says, "\n")
+				assert.Check(t, !strings.Contains(o.Error, "map["), "Go syntax: %s", o.Error)
 			} else {
 				published = d.Published(t, id)
 			}

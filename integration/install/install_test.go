@@ -140,6 +140,19 @@ func TestInstallAndBackWithoutGoOrACheckout(t *testing.T) {
 	assert.Equal(t, berth("uninstall"), "nothing is installed\n")
 }
 
+// A failed install says what this user's Docker lacks here, too.
+func TestFailedInstallSaysWhatTheMachineLacks(t *testing.T) {
+	dir, owner := home(t)
+	assert.NilError(t, os.Remove(filepath.Join(dir, "berth/dockerd")))
+	cmd := command(dir, owner, "install")
+	cmd.Env = []string{"HOME=" + dir, "PATH=/nowhere"} // no newuidmap, and no XDG_RUNTIME_DIR
+	out, err := cmd.CombinedOutput()
+	assert.ErrorContains(t, err, "exit status 1")
+	lines := strings.Join(strings.Fields(string(out)), " ")
+	assert.Check(t, is.Contains(lines, "`berth doctor` says of this machine: fail newuidmap machine newuidmap or newgidmap is missing -> install them fail runtime-dir machine XDG_RUNTIME_DIR is not set"))
+	assert.Check(t, is.Regexp(`As root:\n  \S.*\n  loginctl enable-linger \w+\nberth: no patched dockerd beside this command`, string(out)))
+}
+
 // However far it came: a kill -9 leaves what can be taken back, Ctrl-C nothing.
 func TestInterruptedInstallGoesBack(t *testing.T) {
 	dir, owner := home(t)

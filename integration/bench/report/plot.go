@@ -1,19 +1,17 @@
 package main
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"image/color"
 	"math"
-	"os"
 	"strconv"
 
 	"berth/integration/bench"
+	"berth/integration/chart"
 
 	"gonum.org/v1/plot"
 	"gonum.org/v1/plot/plotter"
-	"gonum.org/v1/plot/text"
 	"gonum.org/v1/plot/vg"
 	"gonum.org/v1/plot/vg/draw"
 )
@@ -56,19 +54,8 @@ func (r *results) plot(file string) error {
 		return errNothingToPlot
 	}
 	cpus := r.cpus[len(r.cpus)-1]
-	p := plot.New()
-	p.Title.Text = "Publishing a dynamic port, and removing it, when host ports are taken"
-	p.X.Label.Text = "taken ports at the start of the host's dynamic range"
-	p.Y.Label.Text = "median time in ms"
-	for _, style := range []*text.Style{&p.Title.TextStyle, &p.X.Label.TextStyle, &p.Y.Label.TextStyle,
-		&p.X.Tick.Label, &p.Y.Tick.Label, &p.Legend.TextStyle} {
-		style.Font.Variant, style.Font.Size = "Sans", 12
-	}
-	p.Title.Padding, p.X.Label.Padding, p.Y.Label.Padding, p.Legend.Padding = 10, 6, 6, 3
-	p.Legend.Top, p.Legend.Left, p.Legend.XOffs, p.Legend.YOffs = true, true, 8, -4
-	grid := plotter.NewGrid()
-	grid.Vertical.Color, grid.Horizontal.Color = color.Gray{225}, color.Gray{225}
-	p.Add(grid)
+	p := chart.New("Publishing a dynamic port, and removing it, when host ports are taken",
+		"taken ports at the start of the host's dynamic range", "median time in ms")
 
 	for _, l := range lines {
 		var points plotter.XYs
@@ -115,19 +102,5 @@ func (r *results) plot(file string) error {
 	}
 	p.Y.Min, p.Y.Max = ticks[0].Value, ticks[len(ticks)-1].Value
 	p.Y.Tick.Marker = ticks
-	return save(p, file)
-}
-
-// save writes p as SVG. What shows it may have another font of the same widths.
-func save(p *plot.Plot, file string) error {
-	w, err := p.WriterTo(8*vg.Inch, 5*vg.Inch, "svg")
-	if err != nil {
-		return err
-	}
-	var svg bytes.Buffer
-	if _, err := w.WriteTo(&svg); err != nil {
-		return err
-	}
-	const font = "font-family:Liberation Sans"
-	return os.WriteFile(file, bytes.ReplaceAll(svg.Bytes(), []byte(font), []byte(font+",Arial,Helvetica,sans-serif")), 0o644)
+	return chart.Save(file, 8*vg.Inch, 5*vg.Inch, p)
 }

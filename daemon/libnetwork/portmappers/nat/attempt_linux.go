@@ -8,7 +8,6 @@ import (
 	"strings"
 
 	"github.com/containerd/log"
-	"github.com/moby/moby/v2/daemon/libnetwork/portallocator"
 	"github.com/moby/moby/v2/daemon/libnetwork/portmapperapi"
 )
 
@@ -33,7 +32,7 @@ type part struct {
 // try makes an attempt at a port in [first, last]. What it did is undone when it fails, but a port that the
 // driver refused stays reserved until it is let go of: then both the attempt and the error are returned.
 func try(ctx context.Context, r *request, driver PortDriverClient, leases *reservations, first, last int) (*attempt, error) {
-	port, socks, err := portallocator.NewOSAllocator().RequestPortsInRange(r.binds, r.proto, first, last)
+	port, socks, err := leases.allocator.RequestPortsInRange(r.binds, r.proto, first, last)
 	if err != nil {
 		return nil, &childRefusal{first: first, err: err}
 	}

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"net/netip"
 	"strings"
+
+	"golang.org/x/sys/unix"
 )
 
 // failure is how a search ended without a port, and what else is known then.
@@ -41,6 +43,10 @@ func (f *failure) Error() string {
 	cause, host := f.last.Error(), (*hostRefusal)(nil)
 	if r.fixed() && errors.As(f.last, &host) && strings.Contains(host.err.Error(), netip.AddrPortFrom(host.host, uint16(host.port)).String()) {
 		cause = host.err.Error() // Most drivers say themselves which port it is.
+	}
+	// Of slirp4netns' answer, RootlessKit prints a map as Go does.
+	if before, desc, ok := strings.Cut(cause, "reply.Error: map[desc:"); ok {
+		cause = before + strings.Replace(desc, "]", "", 1)
 	}
 	text := fmt.Sprintf("cannot publish container port %d/%s on %s of %s: %s%s%s%s",
 		r.container, r.proto, ports, r.on(), how, cause, who, f.advice())
@@ -87,7 +93,7 @@ func (f *failure) advice() string {
 		return fmt.Sprintf("; publish a port from %d up, or sudo setcap cap_net_bind_service=ep %s and restart the daemon", limit, f.rootlessKit)
 	case c == privileged || c == unclear && host != nil && port < limit: // slirp4netns doesn't say.
 		return fmt.Sprintf("; publish a port from %d up, or sudo sysctl -w net.ipv4.ip_unprivileged_port_start=%d", limit, port)
-	case c == unclear && strings.Contains(text, "permission denied"):
+	case (c == unclear || c == invalid) && (strings.Contains(text, unix.EACCES.Error()) || strings.Contains(text, unix.EPERM.Error())):
 		return "; it takes no privilege: a policy denies it (SELinux, AppArmor: sudo journalctl -k)"
 	case c == unclear && r.fixed() && host != nil:
 		return "; see who has it " + who + orAnother

@@ -24,7 +24,9 @@ const (
 // and of the dynamic range from the one on that comes after the port given last.
 type hostPorts struct {
 	walk
-	look   *look
+	look interface {
+		find(func() int) (int, netip.Addr)
+	}
 	req    *request
 	own    *reservations // What this daemon has on the same child address needs no look.
 	cursor *atomic.Int32 // cursor is the dynamic port that was given last.
@@ -88,7 +90,7 @@ func (h *hostPorts) find() (free int) {
 		return h.step() // The port driver will see.
 	}
 	if addr.IsValid() {
-		h.taken = &hostRefusal{addr, before, h.look.proto, listenError(h.look.proto, addr, before, unix.EADDRINUSE)}
+		h.taken = &hostRefusal{addr, before, h.req.proto, listenError(h.req.proto, addr, before, unix.EADDRINUSE)}
 	}
 	return free
 }

@@ -15,6 +15,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync/atomic"
+	"time" // For meterCall.
 
 	"github.com/containerd/log"
 	"github.com/moby/moby/v2/daemon/libnetwork/portmapperapi"
@@ -68,6 +69,7 @@ func NewPortMapper(cfg Config) PortMapper {
 	any4 := netip.IPv4Unspecified()
 	if c := cfg.RlkClient; c != nil && c.ChildHostIP("tcp", any4) != any4 {
 		m.driver = &silence{PortDriverClient: &childIPs{PortDriverClient: c, byHost: map[netip.Addr]netip.Addr{}}}
+		m.driver = meter{m.driver}
 	} else if portDriverIsImplicit() {
 		m.pasta = &pasta{own: map[ownPort]ownBindings{}}
 		for _, c := range m.cursors {
@@ -86,16 +88,18 @@ func NewPortMapper(cfg Config) PortMapper {
 // ctx.Err()). RootlessKit is waited for as silence tells. When MapPorts fails, nothing stays published.
 //
 // cfg is neither written to nor kept.
-func (pm PortMapper) MapPorts(ctx context.Context, cfg []portmapperapi.PortBindingReq) ([]portmapperapi.PortBinding, error) {
+func (pm PortMapper) MapPorts(ctx context.Context, cfg []portmapperapi.PortBindingReq) (pbs []portmapperapi.PortBinding, retErr error) {
 	if len(cfg) == 0 {
 		return nil, nil
 	}
 	m := pm.opened()
+	s := search{driver: m.driver, leases: m.leases}
+	defer meterCall(ctx, cfg, &s, time.Now(), &pbs, &retErr)
 	r, err := newRequest(cfg, m.driver)
 	if err != nil {
 		return nil, err
 	}
-	s := search{req: r, driver: m.driver, leases: m.leases}
+	s.req = r
 	m.lookAtHost(ctx, &s)
 	if s.ports == nil {
 		s.ports = newAllocatorPorts(r)
@@ -110,7 +114,9 @@ func (pm PortMapper) MapPorts(ctx context.Context, cfg []portmapperapi.PortBindi
 	}
 	a, failed := s.run(ctx)
 	if failed != nil && s.view.addrs != nil && m.pasta != nil && !r.dynamic() && !r.fixed() && errors.Is(failed, unix.EADDRINUSE) {
-		s = search{req: r, driver: &pastaClient{pasta: m.pasta, insist: true}, leases: m.leases, ports: newAllocatorPorts(r), view: s.view}
+		meterPass(s.ports)
+		s = search{req: r, driver: &pastaClient{pasta: m.pasta, insist: true}, leases: m.leases, ports: newAllocatorPorts(r), view: s.view, tries: s.tries}
+		s.driver = meter{s.driver}
 		a, failed = s.run(ctx)
 	}
 	if failed != nil {
@@ -128,6 +134,7 @@ func (m *rooms) lookAtHost(ctx context.Context, s *search) {
 	s.view = look{proto: r.proto, addrs: r.addrs, exclusive: m.pasta != nil}
 	if m.pasta != nil {
 		s.view.addrs, s.driver = pastaAddrs(), &pastaClient{pasta: m.pasta, fixed: r.fixed(), insist: r.fixed()}
+		s.driver = meter{s.driver}
 	}
 	if r.dynamic() || 0 < r.first && r.first < r.last { // Of an invalid range, the allocator tells.
 		ports, err := newHostPorts(&s.view, r, m.leases, m.cursors[r.proto])
@@ -183,6 +190,7 @@ func (pm PortMapper) UnmapPorts(_ context.Context, pbs []portmapperapi.PortBindi
 				errs = append(errs, err)
 			}
 		}
+		meterLate(late)
 		child, _ := netip.AddrFromSlice(pb.ChildHostIP)
 		leases.leave(childPort{pb.Proto, netip.AddrPortFrom(child.Unmap(), pb.HostPort)}, late)
 	}

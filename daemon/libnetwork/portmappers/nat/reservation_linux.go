@@ -2,16 +2,22 @@ package nat
 
 import (
 	"context"
+	"net"
+	"os"
 	"sync"
 	"time"
 
 	"github.com/moby/moby/v2/daemon/libnetwork/portallocator"
+	"github.com/moby/moby/v2/daemon/libnetwork/types"
 )
 
 // reservations knows who still needs a child port that the allocator has reserved: bindings, some of which
 // share one, and calls to RootlessKit that are not settled. Whoever leaves last, or has not joined, ends the
 // reservation.
 type reservations struct {
+	allocator interface { // It reserves a port, and binds it.
+		RequestPortsInRange(ips []net.IP, proto types.Protocol, first, last int) (port int, socks []*os.File, err error)
+	}
 	mu    sync.Mutex
 	parts map[childPort]int
 	late  map[*unsettled]childPort
@@ -19,7 +25,7 @@ type reservations struct {
 }
 
 func newReservations() *reservations {
-	return &reservations{parts: map[childPort]int{}, late: map[*unsettled]childPort{}}
+	return &reservations{allocator: portallocator.NewOSAllocator(), parts: map[childPort]int{}, late: map[*unsettled]childPort{}}
 }
 
 // join takes part in the reservation of p, which the caller made or has joined.

@@ -337,9 +337,9 @@ func TestWhatASlirpShrugMeans(t *testing.T) {
 		port int
 		want string
 	}{
-		{"0.0.0.0", 8080, slirpShrug + ": listen tcp4 0.0.0.0:8080: bind: address already in use"},
-		{"192.0.2.1", 8080, slirpShrug + ": listen tcp4 192.0.2.1:8080: bind: cannot assign requested address"},
-		{"0.0.0.0", 8081, slirpShrug},
+		{"0.0.0.0", 8080, "slirp_add_hostfwd failed: listen tcp4 0.0.0.0:8080: bind: address already in use"},
+		{"192.0.2.1", 8080, "slirp_add_hostfwd failed: listen tcp4 192.0.2.1:8080: bind: cannot assign requested address"},
+		{"0.0.0.0", 8081, "slirp_add_hostfwd failed; see who has it"},
 	} {
 		err := refused(t, f, context.Background(), ask(types.TCP, tc.port, tc.port, tc.ip))
 		assert.Check(t, is.ErrorContains(err, tc.want))
