@@ -1,6 +1,6 @@
 # `make` lists the targets. All that is built goes to build/.
 .DEFAULT_GOAL := help
-.PHONY: help deps build bases patch stress users test race lock rootful clients fleet vm soak docs check bench bench-docs model model-docs upstream-integration upstream-docs dist clean
+.PHONY: help deps build bases patch stress stress-full stress-docs report-test users test race lock rootful clients fleet vm soak docs check bench bench-docs model model-docs upstream-integration upstream-docs dist clean
 .NOTPARALLEL: # go uses all processors itself, and the order of what a target needs is meant
 
 BERTH := build/bin/berth
@@ -26,6 +26,18 @@ build: ## build the patched Docker, and the stock one beside it, into build/bin
 
 stress: deps build ## watch stock fail and Berth not: 80 starts on a busy host, with each
 	@$(BERTH) stress
+
+stress-full: deps build ## measure every contender under every load, in at most 3 hours, or QUICK=1 (as root; installs podman; build/results/stress-full.html)
+	@$(BERTH) build docker28 pasta
+	dpkg -s podman >/dev/null 2>&1 || apt-get install -y --no-install-recommends podman
+	@$(BERTH) stress $(if $(QUICK),--quick,--full)
+
+stress-docs: ## put the picture that `make stress-full` drew (or with QUICK=1) into docs, where the README finds it
+	install -D -m 644 build/results/stress-$(if $(QUICK),quick,full).svg docs/failure-rate.svg
+
+report-test: ## look at the page that stress-full writes in a browser (as root; installs chromium-headless-shell)
+	dpkg -s chromium-headless-shell >/dev/null 2>&1 || apt-get install -y --no-install-recommends chromium-headless-shell
+	go test -tags chromium -count=1 -v -run '^TestPageInChromium$$' ./integration/harness
 
 users: deps build ## watch two users' daemons start containers at once, stock and Berth (as root; build/results/users.json)
 	go test -tags integration -count=1 -v -run '^TestTwoUsersStartAtOnce$$' ./integration/e2e
@@ -72,8 +84,8 @@ docs: deps build ## write docs/port-drivers.md of what the port drivers answer
 check: FORMAT := pkgname
 check: ## gofmt, vet, staticcheck, shellcheck, and the unit tests with -race
 	@unformatted=$$(gofmt -l $(CODE)); test -z "$$unformatted" || { echo "gofmt these:"; echo "$$unformatted"; exit 1; }
-	go vet -tags integration,vm ./...
-	go tool staticcheck -tags integration,vm ./...
+	go vet -tags integration,vm,chromium ./...
+	go tool staticcheck -tags integration,vm,chromium ./...
 	shellcheck hack/*.sh integration/vm/*.sh .ci/run
 	go build -gcflags=-lang=go1.25 ./daemon/... # the oldest that a base is built with
 	for arch in amd64 arm64; do GOOS=windows GOARCH=$$arch go build -o /dev/null ./hack/berth || exit 1; done # `berth doctor` is for Windows, too

@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -17,6 +18,7 @@ import (
 	"berth/hack/checkout"
 	"berth/hack/progress"
 	"berth/hack/stack"
+	"berth/integration/harness"
 	"berth/integration/hostload"
 	"berth/integration/stress"
 	"berth/integration/whoami"
@@ -33,6 +35,8 @@ const (
 func newStressCommand() *cobra.Command {
 	var o stack.Options
 	var starts, atOnce int
+	var list, full, quick bool
+	var measured harness.Options
 	cmd := &cobra.Command{
 		Use:   "stress",
 		Short: "Show stock failing and Berth not failing, under the same host load",
@@ -40,12 +44,25 @@ func newStressCommand() *cobra.Command {
 patched daemon, while another process holds %d of the first %d dynamic host ports and
 releases one and takes another every %v. Prints what came of it, and exits 0 only
 if Berth published every container and stock failed some, with 3 if not: then nothing is
-shown.`, loadHold, loadOf, loadChurn),
-		Example: `  berth stress -n 40`,
-		Args:    noArguments,
+shown.
+
+With --contender, --load, --request or --dockerd it measures those, and all of what is not chosen
+among, through the daemons' API: in turns, and each daemon on a host of its own if root runs this. Each
+start must be answered by its own container. What was measured is kept in build/results/stress.json,
+of which no cell is measured again. --full measures everything, 200 starts a cell, in at
+most three hours; --quick the same with 40 starts. Both exit with 3 if something is not as
+docs/measuring.md claims, and write a page of it all.`, loadHold, loadOf, loadChurn),
+		Example: `  berth stress -n 40
+  berth stress --list
+  berth stress --contender berth,berth-no-view,stock --load row-100 --request tcp --starts 10`,
+		Args: noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if starts < 1 || atOnce < 1 {
 				return misuse(cmd, errors.New("want at least one start, and one at a time"))
+			}
+			if list {
+				harness.List(cmd.OutOrStdout())
+				return nil
 			}
 			s, from, err := at(cmd, "stress")
 			if err != nil {
@@ -58,6 +75,17 @@ shown.`, loadHold, loadOf, loadChurn),
 				return err
 			}
 			defer unlock()
+			measured.Starts, measured.Parallel, measured.Root, measured.Full = starts, atOnce, root, full || quick
+			switch f := cmd.Flags(); {
+			case quick:
+				measured.Starts = 40
+				return measure(cmd, measured, "stress-quick.json")
+			case full:
+				measured.Starts = 200
+				return measure(cmd, measured, "stress-full.json")
+			case f.Changed("contender") || f.Changed("load") || f.Changed("request") || f.Changed("dockerd"):
+				return measure(cmd, measured, "stress.json")
+			}
 			run := stressRun{stack: s, root: root, options: o, starts: starts, atOnce: atOnce, out: cmd.OutOrStdout(), err: cmd.ErrOrStderr()}
 			stock, err := run.run(cmd.Context(), "stock", stockDockerd(root))
 			if err != nil {
@@ -78,9 +106,50 @@ shown.`, loadHold, loadOf, loadChurn),
 		},
 	}
 	cmd.Flags().IntVarP(&starts, "starts", "n", 80, "how many containers to start")
-	cmd.Flags().IntVarP(&atOnce, "at-once", "c", 8, "how many at a time")
+	cmd.Flags().IntVarP(&atOnce, "parallel", "c", 8, "how many at a time")
+	cmd.Flags().StringSliceVar(&measured.Contenders, "contender", nil, "measure these daemons (`NAME,...`)")
+	cmd.Flags().StringSliceVar(&measured.Loads, "load", nil, "under these loads of the host (`NAME,...`)")
+	cmd.Flags().StringSliceVar(&measured.Requests, "request", nil, "asking for these ports (`NAME,...`)")
+	cmd.Flags().StringVar(&measured.Dockerd, "dockerd", "", "measure this daemon, too (`FILE`)")
+	cmd.Flags().Uint64Var(&measured.Seed, "seed", loadSeed, "what is chosen at random is by this")
+	cmd.Flags().BoolVar(&full, "full", false, "measure everything")
+	cmd.Flags().BoolVar(&quick, "quick", false, "measure everything, with fewer starts")
+	for _, all := range []string{"full", "quick"} {
+		for _, some := range []string{"starts", "contender", "load", "request", "dockerd"} {
+			cmd.MarkFlagsMutuallyExclusive(all, some)
+		}
+	}
+	cmd.Flags().BoolVar(&list, "list", false, "list what there is to choose from")
 	driverFlags(cmd.Flags(), &o)
 	return cmd
+}
+
+// measure runs the harness, with a file of results.
+func measure(cmd *cobra.Command, o harness.Options, file string) (err error) {
+	if o.Dockerd != "" {
+		if o.Dockerd, err = filepath.Abs(o.Dockerd); err != nil {
+			return err
+		}
+	}
+	o.File = checkout.Results(o.Root, file)
+	o.Progress = harness.NewProgress(cmd.ErrOrStderr())
+	results, err := harness.Run(cmd.Context(), o)
+	if errors.Is(err, harness.ErrUnknown) {
+		return misuse(cmd, err)
+	}
+	if results == nil || len(results.Cells) == 0 {
+		return err
+	}
+	out := cmd.OutOrStdout()
+	fmt.Fprintln(out)
+	results.Print(out)
+	held := !o.Full || results.PrintClaims(out)
+	files, pageErr := results.WritePage()
+	fmt.Fprintln(out, "kept in", strings.Join(append([]string{o.File}, files...), ", "))
+	if err = errors.Join(err, pageErr); err == nil && !held {
+		return exitError{errors.New("not everything is as claimed"), notShown}
+	}
+	return err
 }
 
 // lockStress keeps a second stress away: the stack is one, and so is the host that they would load. The lock ends with this process.

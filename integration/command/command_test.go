@@ -27,6 +27,7 @@ import (
 
 	"berth/hack/checkout"
 	"berth/hack/stack"
+	"berth/integration/harness"
 	"berth/integration/stacktest"
 )
 
@@ -234,7 +235,7 @@ var elsewhere = []string{
 	`berth build --base VERSION`,                         // hack/build, integration/upstream
 	`berth rebase --dry-run VERSION`,                     // hack/rebase
 	`berth patch|git -C \.\./moby am .*`,                 // hack/patch, integration/upstream
-	`make (stress|test|dist|users|clients|fleet|vm|soak|race|build|bench|model|bases|patch|upstream-integration)`, // checked to be targets
+	`make (stress(-full)?|test|dist|users|clients|fleet|vm|soak|race|build|bench|model|bases|patch|upstream-integration)`, // checked to be targets
 	`berth --help`,                          // read above
 	`berth doctor.*`,                        // TestDoctor
 	`sudo (ss|sysctl|setcap) .*|ip address`, // integration/e2e
@@ -316,6 +317,8 @@ func TestDocumentedLines(t *testing.T) {
 	do("berth down --purge", "removed "+u.home+"/.berth, with 0 containers, 0 images, 1 volume")
 	u.ok(t, "berth down --purge", "there is nothing to remove")
 	do("berth stress -n 40", "Berth to stock: ")
+	do("berth stress --list", "row-100")
+	measured(t, u, do)
 
 	targets, err := os.ReadFile(filepath.Join(u.root, "Makefile"))
 	assert.NilError(t, err)
@@ -330,6 +333,50 @@ func TestDocumentedLines(t *testing.T) {
 		}
 		t.Errorf("people are told to type %q, and no test does", line)
 	}
+}
+
+// measured has three cells measured: what became of them is told and kept, also by who is interrupted, and nothing else is left.
+func measured(t *testing.T, u *user, do func(line, says string) ran) {
+	t.Helper()
+	const line = "berth stress --contender berth,berth-no-view,stock --load row-100 --request tcp --starts 10"
+	file := checkout.Results(u.root, "stress.json")
+	assert.NilError(t, os.RemoveAll(file))
+	for _, name := range []string{"berth", "berth-no-view", "stock"} {
+		u.purgeAfter(t, "stress-"+name)
+	}
+	do(line, "kept in "+file)
+	cells := func() map[string]*harness.Cell {
+		t.Helper()
+		r, err := harness.LoadResults(file)
+		assert.NilError(t, err)
+		found := map[string]*harness.Cell{}
+		for _, c := range r.Cells {
+			found[c.Contender] = c
+		}
+		return found
+	}
+	for name, want := range map[string]int{"berth": 10, "berth-no-view": 10, "stock": 0} {
+		c := cells()[name]
+		assert.Assert(t, c != nil, name)
+		assert.Check(t, is.Equal(c.Summary.Published, want), "%s: %+v", name, c)
+		assert.Check(t, is.Equal(len(c.Starts), 10), name)
+	}
+	again := u.ok(t, line, "row-100")
+	assert.Check(t, is.Equal(strings.Count(again.stderr, "measured before"), 3), again.stderr)
+
+	interrupted := u.start(t, "sh", "-c", "exec "+strings.Replace(line, "--starts 10", "--starts 500", 1))
+	t.Cleanup(func() { interrupted.Process.Kill() })
+	turn := regexp.MustCompile(`berth; [1-9]\d* of 1500 starts`)
+	waitFor(t, "the first turn", func() bool { return turn.MatchString(interrupted.stderr.text()) })
+	assert.NilError(t, interrupted.Process.Signal(unix.SIGINT))
+	r := interrupted.wait(t)
+	assert.Equal(t, r.status, 1, "%+v", r)
+	c := cells()["berth"]
+	assert.Check(t, c.Wanted == 500 && len(c.Starts) > 0 && len(c.Starts) < 500, "%d of %d", len(c.Starts), c.Wanted)
+	for name := range cells() {
+		assert.Check(t, !at(t, "stress-"+name).Exists(), name)
+	}
+	assert.NilError(t, os.Remove(file))
 }
 
 // Every line about doctor that people are told to type can be typed, and says something. What it should say, hack/doctor's tests

@@ -45,6 +45,8 @@ type Load struct {
 	// Hold is how many of Ports are held; 0 is all of them. Those that someone else has
 	// are passed over, unless all must be held.
 	Hold int
+	// Connect, unless 0, is how many connections to itself the load has open, instead: the kernel chooses their ports.
+	Connect int
 	// Churn, unless 0, is how often a held port is released and another one taken.
 	Churn time.Duration
 	// Seed makes the choices. The same seed makes the same load, as far as others let it.
@@ -58,7 +60,7 @@ type Report struct {
 	Refused int   // ports that were to be taken and that someone else had
 }
 
-// DynamicPorts returns the first n ports of the dynamic range of this process's network namespace.
+// DynamicPorts returns the first n ports of the dynamic range of the calling thread's network namespace, or all if n is 0.
 func DynamicPorts(n int) ([]int, error) {
 	const file = "/proc/sys/net/ipv4/ip_local_port_range"
 	data, err := os.ReadFile(file)
@@ -68,6 +70,9 @@ func DynamicPorts(n int) ([]int, error) {
 	var first, last int
 	if _, err := fmt.Sscan(string(data), &first, &last); err != nil {
 		return nil, fmt.Errorf("%s: %w", file, err)
+	}
+	if n == 0 {
+		n = last - first + 1
 	}
 	if last-first+1 < n {
 		return nil, fmt.Errorf("%s: %d ports, want %d", file, last-first+1, n)
@@ -169,7 +174,11 @@ func run(in io.Reader, out io.Writer) error {
 		return err
 	}
 	h := holder{load: l, random: rand.New(rand.NewPCG(l.Seed, 0))}
-	if err := h.takeAll(); err != nil {
+	take := h.takeAll
+	if l.Connect > 0 {
+		take = h.connect
+	}
+	if err := take(); err != nil {
 		return err
 	}
 	report := json.NewEncoder(out)
@@ -240,6 +249,28 @@ func (h *holder) takeAll() error {
 			lastErr = errors.New("there are no more to choose from")
 		}
 		return fmt.Errorf("%d of %d ports held: %w", len(h.held), want, lastErr)
+	}
+	return nil
+}
+
+// connect opens the connections, one by one.
+func (h *holder) connect() error {
+	server, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		return err
+	}
+	for range h.load.Connect {
+		out, err := net.Dial("tcp4", server.Addr().String())
+		if err != nil {
+			return err
+		}
+		in, err := server.Accept()
+		if err != nil {
+			return err
+		}
+		port := out.LocalAddr().(*net.TCPAddr).Port
+		h.held = append(h.held, held{port, out}, held{port, in})
+		h.report.Held = append(h.report.Held, port)
 	}
 	return nil
 }

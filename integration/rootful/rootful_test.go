@@ -5,28 +5,22 @@ package rootful
 
 import (
 	"context"
-	"errors"
 	"flag"
 	"fmt"
-	"io/fs"
 	"net/netip"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"regexp"
-	"runtime"
 	"slices"
 	"strings"
-	"syscall"
 	"testing"
-	"time"
 
 	"github.com/moby/moby/api/types/network"
 	"github.com/moby/moby/client"
 	"gotest.tools/v3/assert"
-	"gotest.tools/v3/poll"
 
 	"berth/hack/checkout"
+	"berth/integration/cage"
 	"berth/integration/hostload"
 	"berth/integration/stacktest"
 	"berth/integration/whoami"
@@ -44,101 +38,23 @@ type daemon struct {
 	*stacktest.Daemon // without a stack, so that only what goes through the API is to be had
 }
 
-// inside runs dockerd as the first process of namespaces of its own: with it goes all that it has started and mounted. Its
-// files are in memory, where an overlay can be mounted whatever file system the machine has.
-const inside = `set -eu
-mount -t proc proc /proc
-mount -t tmpfs tmpfs "$1"
-echo '{}' >"$1/daemon.json" # not the machine's own
-exec "$2" --host "unix://$3" --data-root "$1/data" --exec-root "$1/exec" --pidfile "$1/pid" \
-	--cgroup-parent "$4" --exec-opt native.cgroupdriver=cgroupfs --config-file "$1/daemon.json"
-`
-
 // start starts the daemon of that name from build/bin, with the test image. It ends with f, and leaves nothing.
 func start(t *testing.T, name string, f func(d daemon)) {
 	root, err := checkout.Root()
 	assert.NilError(t, err)
-	bin := checkout.Bin(root)
-	dir, err := os.MkdirTemp("", "berth-rootful-") // t.TempDir's would be too long for a socket
-	assert.NilError(t, err)
-	defer func() { assert.Check(t, os.RemoveAll(dir)) }()
-	memory, socket := filepath.Join(dir, "memory"), filepath.Join(dir, "docker.sock")
-	assert.NilError(t, os.Mkdir(memory, 0o700))
-	cgroup := filepath.Base(dir)
-	defer removeCgroup(t, cgroup)
-	logName := checkout.Log(root, "test", strings.ReplaceAll(t.Name(), "/", "-")+"-"+name+".log")
-	assert.NilError(t, os.MkdirAll(filepath.Dir(logName), 0o755))
-	log, err := os.Create(logName)
+	log := checkout.Log(root, "test", strings.ReplaceAll(t.Name(), "/", "-")+"-"+name+".log")
+	d, err := cage.Dockerd(t.Context(), checkout.Bin(root, name), log)
 	assert.NilError(t, err)
 	defer func() {
-		assert.Check(t, log.Close())
+		assert.Check(t, d.Stop())
 		if t.Failed() {
-			t.Logf("the daemon's log: %s", logName)
+			t.Logf("the daemon's log: %s", log)
 			return
 		}
-		assert.Check(t, os.Remove(logName))
+		assert.Check(t, os.Remove(log))
 	}()
-
-	cmd := exec.Command("sh", "-c", inside, "dockerd", memory, filepath.Join(bin, name), socket, "/"+cgroup)
-	cmd.Env = append(os.Environ(), "PATH="+bin+":"+os.Getenv("PATH"))
-	cmd.Stdout, cmd.Stderr = log, log
-	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWPID, Unshareflags: syscall.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}
-	started, ended := make(chan error), make(chan error, 1)
-	go func() {
-		runtime.LockOSThread() // the death signal comes when this thread ends
-		defer runtime.UnlockOSThread()
-		err := cmd.Start()
-		started <- err
-		if err == nil {
-			ended <- cmd.Wait()
-		}
-	}()
-	assert.NilError(t, <-started)
-	defer func() {
-		if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
-			assert.Check(t, errors.Is(err, os.ErrProcessDone), err)
-		}
-		select {
-		case err := <-ended:
-			assert.Check(t, err)
-		case <-time.After(time.Minute):
-			t.Error("dockerd does not end")
-			assert.Check(t, cmd.Process.Kill())
-			<-ended
-		}
-	}()
-
-	api, err := client.New(client.WithHost("unix://" + socket))
-	assert.NilError(t, err)
-	defer api.Close()
-	poll.WaitOn(t, func(poll.LogT) poll.Result {
-		_, err := api.Ping(t.Context(), client.PingOptions{})
-		if err == nil {
-			return poll.Success()
-		}
-		select {
-		case err := <-ended:
-			ended <- err
-			return poll.Error(fmt.Errorf("dockerd has ended: %v", err))
-		default:
-			return poll.Continue("%v", err)
-		}
-	}, poll.WithTimeout(time.Minute))
-	assert.NilError(t, whoami.Import(t.Context(), root, api))
-	f(daemon{&stacktest.Daemon{API: api}})
-}
-
-// removeCgroup removes what runc leaves: its containers' parent, in each hierarchy.
-func removeCgroup(t *testing.T, name string) {
-	for _, pattern := range []string{"/sys/fs/cgroup/", "/sys/fs/cgroup/*/"} {
-		dirs, err := filepath.Glob(pattern + name)
-		assert.Check(t, err)
-		for _, dir := range dirs {
-			if err := os.Remove(dir); err != nil && !errors.Is(err, fs.ErrNotExist) {
-				t.Error(err)
-			}
-		}
-	}
+	assert.NilError(t, whoami.Import(t.Context(), root, d.API))
+	f(daemon{&stacktest.Daemon{API: d.API}})
 }
 
 // run starts a container with port 80 at the host port, checks that it is what answers there, and removes it.

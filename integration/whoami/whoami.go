@@ -63,7 +63,7 @@ func pack(program string) ([]byte, error) {
 func importLayer(ctx context.Context, daemon *client.Client, layer []byte) error {
 	source := client.ImageImportSource{SourceName: "-", Source: bytes.NewReader(layer)}
 	said, err := daemon.ImageImport(ctx, source, Image, client.ImageImportOptions{
-		Changes: []string{`ENTRYPOINT ["/hostname"]`, "EXPOSE 80/tcp 80/udp"},
+		Changes: []string{`ENTRYPOINT ["/hostname"]`, "EXPOSE 80/tcp", "EXPOSE 80/udp"},
 	})
 	if err != nil {
 		return err

@@ -1,5 +1,5 @@
-// Command hostname is the test image's only program: it answers every HTTP request and
-// every UDP datagram on port 80 with its hostname, which in a container is the container's
+// Command hostname is the test image's only program: it answers every HTTP request on port 80 and on
+// those of its arguments, and every UDP datagram on port 80, with its hostname, which in a container is the container's
 // short id. Whoever reaches it through a published port knows whose port it is.
 package main
 
@@ -37,10 +37,9 @@ func main() {
 			}
 		}
 	}()
-	go func() {
-		log.Fatal(http.ListenAndServe(":80", http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-			fmt.Fprintln(w, name)
-		})))
-	}()
+	answer := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, name) })
+	for _, port := range append([]string{"80"}, os.Args[1:]...) {
+		go func() { log.Fatal(http.ListenAndServe(":"+port, answer)) }()
+	}
 	<-term
 }
