@@ -100,7 +100,7 @@ func (s symptom) check(t *testing.T, who string, d *stacktest.Daemon) {
 			assert.Equal(t, s.says[who], "", "it waits for as long as that takes")
 			return
 		}
-		assert.NilError(t, kit.Signal(unix.SIGSTOP))
+		stop(t, kit)
 		defer func() {
 			assert.NilError(t, kit.Signal(unix.SIGCONT))
 			poll.WaitOn(t, func(poll.LogT) poll.Result {
@@ -130,6 +130,24 @@ func (s symptom) check(t *testing.T, who string, d *stacktest.Daemon) {
 	if err != nil {
 		assertSays(t, who+", "+s.run, s.says[who], err.Error())
 	}
+}
+
+// stop returns when every thread of the process has stopped: until then one may still answer.
+func stop(t *testing.T, p stack.Process) {
+	t.Helper()
+	assert.NilError(t, p.Signal(unix.SIGSTOP))
+	poll.WaitOn(t, func(poll.LogT) poll.Result {
+		threads, err := procfs.AllThreads(p.PID)
+		if err != nil {
+			return poll.Error(err)
+		}
+		for _, thread := range threads {
+			if stat, err := thread.Stat(); err != nil || stat.State != "T" {
+				return poll.Continue("thread %d: state %q, %v", thread.PID, stat.State, err)
+			}
+		}
+		return poll.Success()
+	}, poll.WithDelay(5*time.Millisecond))
 }
 
 // limitDescriptors sets how many a process of the daemon's user may have from now on. Root may lack the capability to.
