@@ -310,6 +310,10 @@ func TestBlockIsJumped(t *testing.T) {
 	}
 	assert.Check(t, jumps > 2, "%d jumps", jumps) // One takes it to the range's end and back.
 	assert.Check(t, is.Equal(len(seen), 28232))
+
+	one := walk{first: 8080, last: 8080}
+	one.jump()
+	assert.Check(t, one.step() == 8080 && one.step() == 0)
 }
 
 func TestLongListOfReservedPorts(t *testing.T) {
