@@ -235,7 +235,7 @@ var elsewhere = []string{
 	`berth build --base VERSION`,                         // hack/build, integration/upstream
 	`berth rebase --dry-run VERSION`,                     // hack/rebase
 	`berth patch|git -C \.\./moby am .*`,                 // hack/patch, integration/upstream
-	`make (stress(-full)?|test|dist|users|clients|fleet|vm|soak|race|build|bench|model|bases|patch|upstream-integration)`, // checked to be targets
+	`make (stress(-full|-docs)?|test|dist|users|clients|fleet|vm|soak|race|build|bench|model|bases|patch|upstream-integration)`, // checked to be targets
 	`berth --help`,                          // read above
 	`berth doctor.*`,                        // TestDoctor
 	`sudo (ss|sysctl|setcap) .*|ip address`, // integration/e2e

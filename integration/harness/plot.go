@@ -120,7 +120,7 @@ func (r *Results) by(title, about, y string, of func(c *Cell) (at, low, high flo
 	}
 	f.nominal(under)
 	f.plot.Y.Min = 0
-	f.plot.Y.Max *= 1.3 // for the legend
+	f.plot.Y.Max *= 1.65 // for the legend
 	return f, any, nil
 }
 
@@ -152,6 +152,11 @@ func (r *Results) figures() (list []figure, _ error) {
 	if err != nil {
 		return nil, err
 	}
+	var percent plot.ConstantTicks
+	for p := 0; p <= 100; p += 20 {
+		percent = append(percent, plot.Tick{Value: float64(p), Label: fmt.Sprint(p)})
+	}
+	failed.plot.Y.Tick.Marker = percent
 	list = append(list, failed)
 	for _, load := range []string{"none", "random-60"} {
 		f, any, err := r.latency(load)
