@@ -9,6 +9,7 @@ import (
 	"io"
 	"net/netip"
 	"slices"
+	"strings"
 	"text/tabwriter"
 
 	"github.com/moby/moby/api/types/container"
@@ -112,6 +113,7 @@ func fifty() (ports []string) {
 func (r Request) container(from int) client.ContainerCreateOptions {
 	config, host := &container.Config{Image: whoami.Image}, &container.HostConfig{PublishAllPorts: r.all}
 	exposed, bindings := network.PortSet{}, network.PortMap{}
+	var more []string // than whoami's own port
 	for _, p := range r.ports {
 		port := network.MustParsePort(p)
 		exposed[port] = struct{}{}
@@ -121,9 +123,10 @@ func (r Request) container(from int) client.ContainerCreateOptions {
 		}
 		bindings[port] = []network.PortBinding{b}
 		if n := fmt.Sprint(port.Num()); port.Proto() == network.TCP && n != "80" {
-			config.Cmd = append(config.Cmd, n)
+			more = append(more, n)
 		}
 	}
+	config.Env = []string{"PORTS=" + strings.Join(more, " ")}
 	if config.ExposedPorts = exposed; !r.all {
 		host.PortBindings = bindings
 	}

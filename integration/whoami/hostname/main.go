@@ -1,6 +1,7 @@
-// Command hostname is the test image's only program: it answers every HTTP request on port 80 and on
-// those of its arguments, and every UDP datagram on port 80, with its hostname, which in a container is the container's
-// short id. Whoever reaches it through a published port knows whose port it is.
+// Command hostname is the test image's only program: it answers every HTTP request on port 80 and on those
+// of $PORTS, and every UDP datagram on port 80, with its hostname, which in a container is the container's
+// short id. Whoever reaches it through a published port knows whose port it is. Upstream's tests give it a
+// command, which it does not heed.
 package main
 
 import (
@@ -10,6 +11,7 @@ import (
 	"net/http"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 )
 
@@ -38,7 +40,7 @@ func main() {
 		}
 	}()
 	answer := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, name) })
-	for _, port := range append([]string{"80"}, os.Args[1:]...) {
+	for _, port := range append([]string{"80"}, strings.Fields(os.Getenv("PORTS"))...) {
 		go func() { log.Fatal(http.ListenAndServe(":"+port, answer)) }()
 	}
 	<-term
