@@ -44,7 +44,7 @@ users: deps build ## watch two users' daemons start containers at once, stock an
 
 test: deps check build ## everything: check, then the end-to-end test on real stacks
 	@$(BERTH) build pasta passt pesto rootlesskit2 rootlesskit31 busybox compose
-	@$(TEST) -tags integration -count=1 -timeout 30m ./integration/e2e ./integration/... # the longest first: two packages run at a time
+	@$(TEST) -tags integration -count=1 -timeout 30m ./integration/e2e ./integration/soak ./integration/... # the longest first: two packages run at a time
 
 race: deps build ## the end-to-end tests of a dockerd with the race detector in it, which takes minutes to build
 	@$(BERTH) build --race pasta passt pesto

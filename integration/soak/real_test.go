@@ -32,7 +32,7 @@ import (
 )
 
 var (
-	duration      = flag.Duration("duration", 2*time.Minute, "how long the soak takes")
+	duration      = flag.Duration("duration", time.Minute, "how long the soak takes")
 	noDetachNetns = flag.Bool("no-detach-netns", false, "keep the daemon from seeing the host, so that it is refused ports")
 )
 
