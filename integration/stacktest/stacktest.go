@@ -169,7 +169,8 @@ func StartAs(t testing.TB, asUser, dockerd string, o stack.Options) *Daemon {
 	}
 	o.Dockerd = filepath.Join(o.Bin, dockerd)
 	o.Args = append([]string{"--log-format", "json"}, o.Args...) // see ReadLog
-	o.Log = checkout.Log(root, "test", strings.ReplaceAll(t.Name(), "/", "-")+"-"+s.User()+".log")
+	// Another package may have a test of that name, and run it now.
+	o.Log = checkout.Log(root, "test", strings.ReplaceAll(tests()+"-"+t.Name(), "/", "-")+"-"+s.User()+".log")
 	t.Cleanup(func() {
 		purge(t, s)
 		checkRaces(t, o.Log)
@@ -246,8 +247,11 @@ func Kill(t *testing.T, s *stack.Stack, program string) {
 }
 
 func place(asUser, name string) (*stack.Stack, error) {
-	return stack.AtUser("test-"+strings.TrimSuffix(filepath.Base(os.Args[0]), ".test")+name, asUser)
+	return stack.AtUser("test-"+tests()+name, asUser)
 }
+
+// tests names the package whose tests this program runs.
+func tests() string { return strings.TrimSuffix(filepath.Base(os.Args[0]), ".test") }
 
 // behindAPI runs dockerd with another socket in the place of RootlessKit's API. It does so in
 // RootlessKit's child, whose mounts are its own: on the host, RootlessKit's socket stays where it is.
