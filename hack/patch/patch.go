@@ -28,7 +28,7 @@ type step struct {
 	reason   string   // in a line, for whoever asks years later why this is carried
 	canGo    string   // when upstream will not need it any more
 	files    []string // of the patch; each file is of one step, the door of the first one, too
-	mark     string   // what all lines of the door have that come with this step, and no others; "" if none do
+	mark     string   // what the lines have, and no others, that come with this step into earlier steps' files; "" if none do
 }
 
 // door is the file that the first step takes the port driver's interface out of, and that a later one replaces.
@@ -133,8 +133,8 @@ func checkTable(steps []step, files map[string]string) error {
 
 // lay lays the files of the i-th step over the repository's.
 func (s Series) lay(repo repository, files map[string]string, steps []step, i int) error {
-	name := filepath.Join(repo.dir, tree.PatchDir, door)
 	if i == 0 {
+		name := filepath.Join(repo.dir, tree.PatchDir, door)
 		src, err := os.ReadFile(name)
 		if err != nil {
 			return err
@@ -146,25 +146,31 @@ func (s Series) lay(repo repository, files map[string]string, steps []step, i in
 			return err
 		}
 	}
-	for _, file := range steps[i].files {
-		path := filepath.Join(tree.PatchDir, file)
-		if err := tree.CopyFile(filepath.Join(repo.dir, path), files[path], 0o644); err != nil {
-			return err
+	lines := slices.Clone(steps[i].files) // Its own files, and those that lines of it come into.
+	for _, earlier := range steps[:i] {
+		if steps[i].mark != "" {
+			lines = append(lines, earlier.files...)
 		}
 	}
-	if slices.Contains(steps[i].files, door) || steps[i].mark != "" {
-		src, err := os.ReadFile(files[filepath.Join(tree.PatchDir, door)])
+	marked := false
+	for _, file := range lines {
+		path := filepath.Join(tree.PatchDir, file)
+		src, err := os.ReadFile(files[path])
 		if err != nil {
 			return err
 		}
+		marked = marked || !slices.Contains(steps[i].files, file) && bytes.Contains(src, []byte(steps[i].mark))
 		for _, later := range steps[i+1:] {
 			if src, err = withoutLines(src, later.mark); err != nil {
-				return fmt.Errorf("%s before %q: %w", door, later.subject, err)
+				return fmt.Errorf("%s before %q: %w", file, later.subject, err)
 			}
 		}
-		if err := os.WriteFile(name, src, 0o644); err != nil {
+		if err := os.WriteFile(filepath.Join(repo.dir, path), src, 0o644); err != nil {
 			return err
 		}
+	}
+	if steps[i].mark != "" && !marked {
+		return fmt.Errorf("%q: no line has %q", steps[i].subject, steps[i].mark)
 	}
 	if len(steps[i].files) > 0 {
 		return nil
@@ -176,9 +182,9 @@ func (s Series) lay(repo repository, files map[string]string, steps []step, i in
 	return os.CopyFS(repo.dir, os.DirFS(elsewhere))
 }
 
-// withoutLines is the Go source without the lines that have the mark: there are some, and what is left is formatted as Go is.
+// withoutLines is the Go source without the lines that have the mark. What is left is formatted as Go is.
 func withoutLines(src []byte, mark string) ([]byte, error) {
-	if mark == "" {
+	if mark == "" || !bytes.Contains(src, []byte(mark)) {
 		return src, nil
 	}
 	var rest []byte
@@ -186,9 +192,6 @@ func withoutLines(src []byte, mark string) ([]byte, error) {
 		if !bytes.Contains(line, []byte(mark)) {
 			rest = append(rest, line...)
 		}
-	}
-	if len(rest) == len(src) {
-		return nil, fmt.Errorf("no line has %q", mark)
 	}
 	formatted, err := format.Source(rest)
 	if err == nil && !bytes.Equal(formatted, rest) {

@@ -200,8 +200,9 @@ func TestEveryFileOfThePatchIsOfOneStep(t *testing.T) {
 }
 
 func TestDoorWithoutALaterStep(t *testing.T) {
-	_, err := withoutLines([]byte(uncounted), "counter")
-	assert.Error(t, err, `no line has "counter"`)
+	s := series(t)
+	err := s.write(t.Context(), append(small[:3:3], step{subject: "nat: count", canGo: "any time", files: []string{"count_linux.go"}, mark: "abacus"}))
+	assert.ErrorContains(t, err, `"nat: count": no line has "abacus"`)
 	_, err = withoutLines([]byte("package nat\n\nvar a = 1\n\nvar counter = 2\n"), "counter")
 	assert.Error(t, err, `without the lines that have "counter", it isn't formatted`)
 	_, err = withoutLines([]byte("package nat\n\nfunc f() { // counter\n}\n"), "counter")

@@ -210,8 +210,9 @@ refusals, what RootlessKit did not answer, what was undone late, and how
 many dynamic ports are left. Add a span for MapPorts, with its attempts
 and the port, where the caller's is recorded.
 
-It is a driver around a driver, and a line at the door; nothing that is
-published differs. The modules are those that the daemon has already.
+It is a driver around a driver, a line at the door, and one each where a
+call is given up or undone late; nothing that is published differs.
+The modules are those that the daemon has already.
 This commit can be left out.`,
 		verified: "metrics_linux_test.go gathers the registry around publishes",
 		reason:   "a host that runs out of ports is seen before starts fail",

@@ -44,8 +44,10 @@ func (s *allocatorPorts) next() (first, last int, ok bool) {
 	default:
 		s.jumps = true
 		// What the kernel reserves, the allocator leaves out of the range, but not one by one.
-		text, _ := os.ReadFile(reservedPorts)
-		s.done.parse(string(text))
+		if f, err := os.Open(reservedPorts); err == nil {
+			s.done.parse(string(readSetting(int(f.Fd()), make([]byte, 1024))))
+			f.Close()
+		}
 	}
 	s.jump()
 	port := s.step()

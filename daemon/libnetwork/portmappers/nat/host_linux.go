@@ -184,11 +184,14 @@ const (
 
 // hostSetting returns a setting, in one read: the kernel has no more to say at another offset, and cuts what
 // buf can't take. It makes another one then.
-func hostSetting(name string, buf []byte) []byte {
-	n, _ := unix.Pread(settings()[name], buf, 0)
+func hostSetting(name string, buf []byte) []byte { return readSetting(settings()[name], buf) }
+
+// readSetting is [hostSetting] of an open file.
+func readSetting(fd int, buf []byte) []byte {
+	n, _ := unix.Pread(fd, buf, 0)
 	for n == len(buf) {
 		buf = make([]byte, 16*len(buf))
-		n, _ = unix.Pread(settings()[name], buf, 0)
+		n, _ = unix.Pread(fd, buf, 0)
 	}
 	return bytes.TrimSpace(buf[:max(n, 0)])
 }
@@ -223,8 +226,15 @@ func (w *walk) step() int {
 	return 0
 }
 
-// jump goes on at any other place.
-func (w *walk) jump() { w.at = w.first + rand.N(w.last-w.first+1) }
+// jump goes on at any other place, of those that aren't done if it can: they come in blocks, and each of one
+// leads to the port after it.
+func (w *walk) jump() {
+	for range 64 {
+		if w.at = w.first + rand.N(w.last-w.first+1); !w.done.has(w.at) {
+			return
+		}
+	}
+}
 
 // portSet has a bit for each port.
 type portSet [65536 / 64]uint64

@@ -190,7 +190,6 @@ func (pm PortMapper) UnmapPorts(_ context.Context, pbs []portmapperapi.PortBindi
 				errs = append(errs, err)
 			}
 		}
-		meterLate(late)
 		child, _ := netip.AddrFromSlice(pb.ChildHostIP)
 		leases.leave(childPort{pb.Proto, netip.AddrPortFrom(child.Unmap(), pb.HostPort)}, late)
 	}

@@ -23,7 +23,7 @@ var (
 	meterRefusals  = map[verdict]metrics.Counter{}
 	meterLooks     = meters.NewCounter("looks", "The number of the host's ports that were looked at")
 	meterSilences  = meters.NewCounter("silences", "The number of requests to RootlessKit that were given up, or not sent, since it does not answer")
-	meterLateUndos = meters.NewCounter("late_undos", "The number of port requests that were given up, and since answered and undone")
+	meterLateUndos = meters.NewCounter("late_undos", "The number of port requests that were given up, and served and undone since")
 	meterSearch    = meters.NewTimer("search", "The number of seconds it takes to publish a port, or to fail")
 	meterAttempts  = prometheus.NewHistogram(prometheus.HistogramOpts{
 		Namespace: "engine", Subsystem: "portmapper", Name: "attempts", Help: "The number of attempts it takes to publish a port, or to fail",
@@ -76,12 +76,14 @@ func meterCall(ctx context.Context, cfg []portmapperapi.PortBindingReq, s *searc
 }
 
 func meterOutcome(ctx context.Context, s *search, err error) string {
-	switch {
-	case err == nil:
+	if err == nil {
 		return "published"
+	}
+	searched := (*failure)(nil)
+	switch {
 	case ctx.Err() != nil:
 		return "canceled"
-	case s.req == nil || causeOf(err, s.limit()).verdict() == no:
+	case s.tries == 0 && !errors.As(err, &searched), causeOf(err, s.limit()).verdict() == no:
 		return "failed"
 	}
 	return "no_port"
@@ -94,30 +96,13 @@ func meterPass(ports source) {
 	}
 }
 
-// meterLate takes note of a removal, if it was given up.
-func meterLate(u *unsettled) {
-	if u != nil {
-		meterSilences.Inc()
-	}
-}
-
-// meter is a driver round another, which takes note of what is refused and of what is not answered.
+// meter is a driver round another, which takes note of what is refused.
 type meter struct{ PortDriverClient }
 
 func (d meter) AddPort(ctx context.Context, proto string, hostIP, childIP netip.Addr, hostPort int) (func() error, error) {
 	remove, err := d.PortDriverClient.AddPort(ctx, proto, hostIP, childIP, hostPort)
-	switch {
-	case err == nil:
-	case !errors.Is(err, errNoAnswer):
+	if err != nil && !errors.Is(err, errNoAnswer) {
 		meterRefusals[causeOf(&hostRefusal{host: hostIP, port: hostPort, err: err}, 0).verdict()].Inc()
-	default:
-		meterSilences.Inc()
-		if late := (*unsettled)(nil); errors.As(err, &late) {
-			go func() {
-				<-late.settled
-				meterLateUndos.Inc()
-			}()
-		}
 	}
 	return remove, err
 }

@@ -91,7 +91,7 @@ func (s *search) run(ctx context.Context) (*attempt, *failure) {
 			return nil, s.failure(fmt.Sprintf("%d did not bind in the child", s.unbound), nil)
 		case s.unclears == maxUnclear:
 			return nil, s.failure(fmt.Sprintf("%d refusals do not say why", s.unclears), err)
-		case time.Since(start) >= searchTime:
+		case !s.req.fixed() && time.Since(start) >= searchTime:
 			return nil, s.failure(fmt.Sprintf("none was had in %s", searchTime), nil)
 		}
 	}

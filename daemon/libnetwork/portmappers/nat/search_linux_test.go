@@ -73,6 +73,40 @@ func TestAllocatorsOrder(t *testing.T) {
 	}
 }
 
+// Taken ports behind a block that the kernel reserves are not walked one by one.
+func TestReservedPortsDoNotDrawTheSearch(t *testing.T) {
+	setSysctl(t, "ip_local_reserved_ports", "32768-59999")
+	for i := range 1000 {
+		s := newAllocatorPorts(&request{proto: types.TCP})
+		for n := range maxUnclear {
+			port, _, ok := s.next()
+			assert.Assert(t, ok)
+			if port == 0 {
+				port = 60000 + n // The allocator's order.
+			}
+			if port >= 60500 {
+				break
+			}
+			s.refused(1, port)
+			assert.Assert(t, n < maxUnclear-1, "%d: of 1,000 ports, half of them free, none was given", i)
+		}
+	}
+}
+
+// The kernel gives a long list in one read only.
+func TestChildsLongListOfReservedPorts(t *testing.T) {
+	var list []string
+	for port := 32769; port < 60999; port += 200 {
+		list = append(list, strconv.Itoa(port))
+	}
+	setSysctl(t, "ip_local_reserved_ports", strings.Join(list, ","))
+	s := newAllocatorPorts(&request{proto: types.TCP})
+	for port, _, ok := s.next(); ok; port, _, ok = s.next() {
+		assert.Assert(t, port == 0 || port%200 != 169, "%d is reserved", port)
+		s.refused(1, port)
+	}
+}
+
 // 300 ports in a row are nothing to a driver that doesn't say why, either.
 func TestUnclearRefusalsAreJumpedToo(t *testing.T) {
 	f := newFake(t)

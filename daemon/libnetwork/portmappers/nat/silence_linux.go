@@ -119,6 +119,7 @@ func (e *exposed) seeThrough(err error) {
 	adding := !e.removed.Load()
 	switch {
 	case adding && err == nil:
+		meterLateUndos.Inc()
 		err = e.undo()
 	case adding && isLost(err):
 		e.warn(err, answerLost)
@@ -152,6 +153,7 @@ func (e *exposed) wait() error {
 	start := time.Now()
 	until, ok := e.begin(start, e.removed.Load())
 	if !ok {
+		meterSilences.Inc()
 		return fmt.Errorf("%w to others: not asked", errNoAnswer)
 	}
 	e.answered = false
@@ -166,6 +168,7 @@ func (e *exposed) wait() error {
 				}
 				e.waiting--
 				e.settled = make(chan struct{})
+				meterSilences.Inc()
 				return &unsettled{fmt.Errorf("%w (%s)", errNoAnswer, now.Sub(start).Round(time.Millisecond)), e.settled}
 			}
 		}
