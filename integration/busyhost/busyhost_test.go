@@ -26,24 +26,12 @@ import (
 const (
 	rounds = 10
 	name   = "TestPublishOnBusyHost"
-	// compiled names the test's binary to the process that runs in the tests' own network, where no module can be downloaded.
-	compiled = "BERTH_TEST_BUSYHOST"
 )
 
 // images are those that upstream's tests load before they run. Ours does for all: the test needs one that stays.
 var images = []string{"busybox:latest", "busybox:glibc", "hello-world:frozen", "debian:trixie-slim", "hello-world:amd64", "hello-world:arm64"}
 
-func TestMain(m *testing.M) {
-	if os.Getenv(compiled) == "" {
-		binary, err := compile()
-		if err != nil {
-			fmt.Fprintln(os.Stderr, "compile upstream's tests:", err)
-			os.Exit(1)
-		}
-		os.Setenv(compiled, binary)
-	}
-	stacktest.Main(m)
-}
+func TestMain(m *testing.M) { stacktest.MainAfter(m, compile) }
 
 // compile makes a binary of upstream's tests of networking, with ours among them.
 func compile() (binary string, _ error) {
@@ -110,7 +98,7 @@ func run(t *testing.T, dockerd string) (passed, failed int, _ string) {
 		_, err := d.Docker("tag", whoami.Image, name)
 		assert.NilError(t, err)
 	}
-	cmd := exec.CommandContext(t.Context(), os.Getenv(compiled), "-test.v", "-test.run", "^"+name+"$", "-test.count", fmt.Sprint(rounds))
+	cmd := exec.CommandContext(t.Context(), stacktest.Prepared(), "-test.v", "-test.run", "^"+name+"$", "-test.count", fmt.Sprint(rounds))
 	cmd.Dir = t.TempDir()
 	cmd.Env = append(os.Environ(), "DOCKER_HOST="+d.Host())
 	out, err := cmd.CombinedOutput()

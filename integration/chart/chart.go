@@ -30,8 +30,17 @@ func New(title, x, y string) *plot.Plot {
 	return p
 }
 
-// Save writes plots, side by side, as SVG. What shows it may have another font of the same widths.
+// Save writes plots as [SVG] to a file.
 func Save(file string, width, height vg.Length, plots ...*plot.Plot) error {
+	svg, err := SVG(width, height, plots...)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(file, svg, 0o644)
+}
+
+// SVG draws plots, side by side. What shows it may have another font of the same widths.
+func SVG(width, height vg.Length, plots ...*plot.Plot) ([]byte, error) {
 	canvas := vgsvg.New(width, height)
 	rows := [][]*plot.Plot{plots}
 	for i, part := range plot.Align(rows, draw.Tiles{Rows: 1, Cols: len(plots), PadX: 12}, draw.New(canvas))[0] {
@@ -39,8 +48,8 @@ func Save(file string, width, height vg.Length, plots ...*plot.Plot) error {
 	}
 	var svg bytes.Buffer
 	if _, err := canvas.WriteTo(&svg); err != nil {
-		return err
+		return nil, err
 	}
 	const font = "font-family:Liberation Sans"
-	return os.WriteFile(file, bytes.ReplaceAll(svg.Bytes(), []byte(font), []byte(font+",Arial,Helvetica,sans-serif")), 0o644)
+	return bytes.ReplaceAll(svg.Bytes(), []byte(font), []byte(font+",Arial,Helvetica,sans-serif")), nil
 }

@@ -28,20 +28,7 @@ import (
 
 var full = flag.Bool("full", false, "10 services, of which one is scaled to 20, and 30 containers at once")
 
-// compiled names testcontainers' program to the process that runs in the tests' own network, where no module can be downloaded.
-const compiled = "BERTH_TEST_TESTCONTAINERS"
-
-func TestMain(m *testing.M) {
-	if os.Getenv(compiled) == "" {
-		program, err := compile()
-		if err != nil {
-			fmt.Fprintln(os.Stderr, "compile testcontainers' program:", err)
-			os.Exit(1)
-		}
-		os.Setenv(compiled, program)
-	}
-	stacktest.Main(m)
-}
+func TestMain(m *testing.M) { stacktest.MainAfter(m, compile) }
 
 func compile() (program string, _ error) {
 	root, err := checkout.Root()
@@ -135,7 +122,7 @@ func project(t *testing.T, d *stacktest.Daemon, services int) func(args ...strin
 // parallel runs testcontainers' program.
 func parallel(t *testing.T, d *stacktest.Daemon, count int) (string, error) {
 	t.Helper()
-	cmd := exec.CommandContext(t.Context(), os.Getenv(compiled), "-test.v", "-test.parallel", fmt.Sprint(count))
+	cmd := exec.CommandContext(t.Context(), stacktest.Prepared(), "-test.v", "-test.parallel", fmt.Sprint(count))
 	cmd.Dir = t.TempDir()
 	cmd.Env = append(os.Environ(), "HOME="+t.TempDir(), "IMAGE="+whoami.Image, fmt.Sprint("COUNT=", count), "DOCKER_HOST="+d.Host(),
 		"TESTCONTAINERS_HOST_OVERRIDE=127.0.0.1", // inside a container, it would ask at the bridge's address

@@ -9,9 +9,10 @@ import (
 
 	"gonum.org/v1/plot"
 	"gonum.org/v1/plot/plotter"
-	"gonum.org/v1/plot/text"
 	"gonum.org/v1/plot/vg"
 	"gonum.org/v1/plot/vg/draw"
+
+	"berth/integration/chart"
 )
 
 // marks are the contenders', in their order: each has a shape of its own, so that none is told by its colour alone. The page
@@ -43,18 +44,7 @@ type figure struct {
 }
 
 func newFigure(title, about, x, y string, wide vg.Length) figure {
-	p := plot.New()
-	p.Title.Text, p.X.Label.Text, p.Y.Label.Text = title, x, y
-	for _, style := range []*text.Style{&p.Title.TextStyle, &p.X.Label.TextStyle, &p.Y.Label.TextStyle,
-		&p.X.Tick.Label, &p.Y.Tick.Label, &p.Legend.TextStyle} {
-		style.Font.Variant, style.Font.Size = "Sans", 12
-	}
-	p.Title.Padding, p.X.Label.Padding, p.Y.Label.Padding, p.Legend.Padding = 10, 6, 6, 3
-	p.Legend.Top, p.Legend.Left, p.Legend.XOffs = true, true, 8
-	grid := plotter.NewGrid()
-	grid.Vertical.Color, grid.Horizontal.Color = color.Gray{225}, color.Gray{225}
-	p.Add(grid)
-	return figure{title, about, p, wide}
+	return figure{title, about, chart.New(title, x, y), wide}
 }
 
 // nominal has names at 0, 1, 2 ... of the x axis.
@@ -254,19 +244,8 @@ func (r *Results) cost() (f figure, any bool, _ error) {
 	return f, any, nil
 }
 
-// svg draws the figure.
 func (f figure) svg() ([]byte, error) {
-	w, err := f.plot.WriterTo(f.wide, 5*vg.Inch, "svg")
-	if err != nil {
-		return nil, err
-	}
-	var out bytes.Buffer
-	if _, err := w.WriteTo(&out); err != nil {
-		return nil, err
-	}
-	// What shows it may have another font of the same widths.
-	const font = "font-family:Liberation Sans"
-	return bytes.ReplaceAll(out.Bytes(), []byte(font), []byte(font+",Arial,Helvetica,sans-serif")), nil
+	return chart.SVG(f.wide, 5*vg.Inch, f.plot)
 }
 
 // inPage is svg for a page, whose colours it takes, and which has the title.

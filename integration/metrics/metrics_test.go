@@ -36,20 +36,7 @@ import (
 	"berth/integration/stress"
 )
 
-// programs names the folder of prometheus and promtool to the process that runs in the tests' own network, where nothing can be fetched.
-const programs = "BERTH_TEST_PROMETHEUS"
-
-func TestMain(m *testing.M) {
-	if os.Getenv(programs) == "" {
-		dir, err := prometheus()
-		if err != nil {
-			fmt.Fprintln(os.Stderr, "find Prometheus:", err)
-			os.Exit(1)
-		}
-		os.Setenv(programs, dir)
-	}
-	stacktest.Main(m)
-}
+func TestMain(m *testing.M) { stacktest.MainAfter(m, prometheus) }
 
 // prometheus is the folder of its programs: where they are installed, or of Debian's package, which is unpacked into build/ and not
 // installed: that would start a service. apt checks what it fetches with the archive's keys.
@@ -81,7 +68,7 @@ func prometheus() (string, error) {
 
 func promtool(t *testing.T, args ...string) {
 	t.Helper()
-	out, err := exec.Command(filepath.Join(os.Getenv(programs), "promtool"), args...).CombinedOutput()
+	out, err := exec.Command(filepath.Join(stacktest.Prepared(), "promtool"), args...).CombinedOutput()
 	assert.NilError(t, err, "%s", out)
 }
 
@@ -304,7 +291,7 @@ func startPrometheus(t *testing.T, daemon string) prometheusServer {
 	config := fmt.Sprintf("global: {scrape_interval: 200ms, scrape_timeout: 200ms, evaluation_interval: 200ms}\nrule_files: [%q]\n"+
 		"scrape_configs: [{job_name: docker, static_configs: [{targets: [%q]}]}]\n", rules, daemon)
 	assert.NilError(t, os.WriteFile(filepath.Join(dir, "prometheus.yml"), []byte(config), 0o600))
-	cmd := exec.Command(filepath.Join(os.Getenv(programs), "prometheus"), "--config.file=prometheus.yml", "--storage.tsdb.path=data",
+	cmd := exec.Command(filepath.Join(stacktest.Prepared(), "prometheus"), "--config.file=prometheus.yml", "--storage.tsdb.path=data",
 		"--web.listen-address="+at)
 	var log bytes.Buffer
 	cmd.Dir, cmd.Stderr = dir, &log

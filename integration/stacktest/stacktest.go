@@ -72,6 +72,26 @@ func Main(m *testing.M) {
 	os.Exit(code)
 }
 
+// prepared names what [MainAfter] has made to the process that runs in the tests' own network.
+const prepared = "BERTH_TEST_PREPARED"
+
+// MainAfter is [Main] for tests that need what only the machine's own network has: modules to compile, a package to unpack.
+// prepare makes it, and returns the path that [Prepared] tells.
+func MainAfter(m *testing.M, prepare func() (path string, _ error)) {
+	if Prepared() == "" {
+		path, err := prepare()
+		if err != nil {
+			fmt.Fprintln(os.Stderr, "what the tests need:", err)
+			os.Exit(1)
+		}
+		os.Setenv(prepared, path)
+	}
+	Main(m)
+}
+
+// Prepared is the path of what [MainAfter] has made.
+func Prepared() string { return os.Getenv(prepared) }
+
 // interrupted ends the start of a stack; what is up then is taken down by downAndExit.
 var interrupted context.Context
 

@@ -96,13 +96,13 @@ func TestReservedPortsDoNotDrawTheSearch(t *testing.T) {
 // The kernel gives a long list in one read only.
 func TestChildsLongListOfReservedPorts(t *testing.T) {
 	var list []string
-	for port := 32769; port < 60999; port += 200 {
+	for port := 32769; port < 60999; port += 100 {
 		list = append(list, strconv.Itoa(port))
 	}
 	setSysctl(t, "ip_local_reserved_ports", strings.Join(list, ","))
 	s := newAllocatorPorts(&request{proto: types.TCP})
 	for port, _, ok := s.next(); ok; port, _, ok = s.next() {
-		assert.Assert(t, port == 0 || port%200 != 169, "%d is reserved", port)
+		assert.Assert(t, port == 0 || port%100 != 69, "%d is reserved", port)
 		s.refused(1, port)
 	}
 }
