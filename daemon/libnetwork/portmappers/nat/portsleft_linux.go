@@ -15,6 +15,10 @@ import (
 // millisecond and some for each thousand of them. Nothing is exported where the host can't be seen.
 type portsLeft struct{ desc *prometheus.Desc }
 
+func init() {
+	prometheus.MustRegister(portsLeft{meters.NewDesc("ports_left", "The number of the host's dynamic ports that no socket has", "", "protocol")})
+}
+
 func (p portsLeft) Describe(ch chan<- *prometheus.Desc) { ch <- p.desc }
 
 func (p portsLeft) Collect(ch chan<- prometheus.Metric) {
