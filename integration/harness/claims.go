@@ -50,7 +50,7 @@ func (r *Results) Claims() (list []Claim) {
 		s := c.Summary
 		text, want := fmt.Sprintf("%s: publishes %d of %d, misdelivers %d", c.key(), s.Published, c.Wanted, s.Misdelivered), 1.0
 		holds := s.Published == c.Wanted
-		if tries, of := c.tries(); c.Load == "spare" && tries > 0 && c.Contender != "berth" {
+		if tries, of := c.tries(); c.Load == "spare" && tries > 0 && c.Contender == "berth-no-view" {
 			want = expected(tries, of, c.Wanted/turns)
 			text = fmt.Sprintf("%s; %d tries of %d ports each publish %.1f%%", text, tries, of, 100*want)
 			i := wilson(s.Published, s.Starts)

@@ -19,6 +19,7 @@ const (
 type allocatorPorts struct {
 	walk
 	req   *request
+	look  *look // look sees what others have where the allocator binds. nil: that can't be seen.
 	start time.Time
 	over  bool // over is set when the allocator has no more.
 	jumps bool
@@ -50,7 +51,12 @@ func (s *allocatorPorts) next() (first, last int, ok bool) {
 		}
 	}
 	s.jump()
-	port := s.step()
+	var port int
+	if s.look != nil {
+		port, _ = s.look.find(s.step)
+	} else {
+		port = s.step()
+	}
 	return port, port, port != 0
 }
 

@@ -102,7 +102,11 @@ func (pm PortMapper) MapPorts(ctx context.Context, cfg []portmapperapi.PortBindi
 	s.req = r
 	m.lookAtHost(ctx, &s)
 	if s.ports == nil {
-		s.ports = newAllocatorPorts(r)
+		ports := newAllocatorPorts(r)
+		if s.driver == nil && r.proto != types.SCTP { // Rootful, it's the calling thread's namespace.
+			ports.look = &look{proto: r.proto, addrs: r.addrs}
+		}
+		s.ports = ports
 	}
 	if s.driver != nil || !r.fixed() {
 		if err := r.checkOverlap(); err != nil {

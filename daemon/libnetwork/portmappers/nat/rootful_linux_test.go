@@ -45,6 +45,23 @@ func TestRootfulSearch(t *testing.T) {
 	}
 }
 
+// One free port of thousands is found, though a search ends when 1,000 did not bind: what others have is seen.
+func TestRootfulSearchFindsTheOnlyFreePort(t *testing.T) {
+	const ip, free = "127.0.0.11", 58123
+	setSysctl(t, "ip_local_reserved_ports", "33300-56999")
+	holdHere(t, ip, 32768, 33299) // More than five searches go through in order.
+	holdHere(t, ip, 57000, free-1)
+	holdHere(t, ip, free+1, 60999)
+	newFake(t) // For its check that nothing is left.
+	pm := NewPortMapper(Config{})
+	for range 5 { // Blindly, one in four.
+		pbs, err := pm.MapPorts(context.Background(), ask(types.UDP, 0, 0, ip))
+		assert.NilError(t, err)
+		assert.Check(t, is.Equal(int(pbs[0].HostPort), free))
+		assert.Check(t, pm.UnmapPorts(context.Background(), pbs))
+	}
+}
+
 func TestRootfulSearchIsBounded(t *testing.T) {
 	const ip = "127.0.0.10"
 	holdHere(t, ip, 41000, 41000+1199)
