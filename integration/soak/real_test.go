@@ -63,7 +63,9 @@ func TestSoak(t *testing.T) {
 	d := stacktest.Start(t, "dockerd", stack.Options{NoDetachNetns: *noDetachNetns, Env: stacktest.Behind(t, proxy.Socket)})
 	ctx, stop := signal.NotifyContext(t.Context(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	s := soak{t: t, ctx: ctx, d: d, proxy: proxy, begun: time.Now()}
+	status, err := d.Status(ctx)
+	assert.NilError(t, err)
+	s := soak{t: t, ctx: ctx, d: d, proxy: proxy, processes: status.Processes, begun: time.Now()}
 	random := rand.New(rand.NewPCG(1, 2))
 	proxy.Inject(func(faultproxy.Call) faultproxy.Fault {
 		if random.Float64() >= faultShare {
@@ -123,8 +125,11 @@ type soak struct {
 	d     *stacktest.Daemon
 	proxy *faultproxy.Proxy
 	begun time.Time
-	alien int // listeners that are not those of published ports
-	peak  int // the most listeners that there were at once
+	// processes are the stack's. They are asked for once: each time, dockerd, stock's as well, opens another
+	// connection to RootlessKit for its version, and keeps it.
+	processes []stack.Process
+	alien     int // listeners that are not those of published ports
+	peak      int // the most listeners that there were at once
 
 	mu                         sync.Mutex
 	starts, injected, failures int
@@ -289,9 +294,7 @@ func (s *soak) sample() Sample {
 	s.d.API.Close()
 	sample.Listeners = listeners(t, s.d) - s.alien - sample.Named
 
-	status, err := s.d.Status(ctx)
-	assert.NilError(t, err)
-	for _, p := range status.Processes {
+	for _, p := range s.processes {
 		switch p.Program {
 		case "dockerd":
 			sample.RSS = rss(t, p.PID)
@@ -300,7 +303,7 @@ func (s *soak) sample() Sample {
 			sample.RootlessKitFDs += len(stacktest.Descriptors(t, p.PID))
 		}
 	}
-	assert.Assert(t, sample.RSS > 0 && sample.RootlessKitFDs > 0, "%v", status.Processes)
+	assert.Assert(t, sample.RSS > 0 && sample.RootlessKitFDs > 0, "%v", s.processes)
 	return sample
 }
 
