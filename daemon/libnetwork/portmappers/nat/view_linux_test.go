@@ -354,6 +354,11 @@ func TestWhatASlirpShrugMeans(t *testing.T) {
 	err := refused(t, f, context.Background(), ask(types.TCP, 0, 0, "192.0.2.1"))
 	assert.Check(t, is.ErrorIs(err, unix.EADDRNOTAVAIL))
 	assert.Check(t, is.Equal(f.calls, 4))
+
+	// A refusal that says why is not looked into.
+	f.shrugs = false
+	err = refused(t, f, context.Background(), ask(types.TCP, 8080, 8080, "0.0.0.0"))
+	assert.Check(t, is.Equal(strings.Count(err.Error(), "address already in use"), 1), err)
 }
 
 // seesHost tells whether a mapper that is made here sees the host.
