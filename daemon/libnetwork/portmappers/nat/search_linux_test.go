@@ -116,6 +116,21 @@ func TestUnclearRefusalsAreJumpedToo(t *testing.T) {
 	published(t, f, ask(types.TCP, 0, 0, "0.0.0.0"))
 }
 
+// What is bound in the daemon's own namespace is not in a port driver's way: only as root that is the host.
+func TestOwnNamespaceIsNotTheDriversHost(t *testing.T) {
+	setSysctl(t, "ip_local_reserved_ports", "32868-60999")
+	holdHere(t, "127.0.0.13", 32768, 32867)
+	f := newFake(t)
+	f.answer = func(call int, m mapping) error {
+		if call <= inOrder {
+			return fmt.Errorf("%slisten udp4 :%d: bind: address already in use", answerPrefix, m.port)
+		}
+		return nil
+	}
+	published(t, f, ask(types.UDP, 0, 0, "0.0.0.0"))
+	assert.Check(t, is.Equal(f.calls, inOrder+1))
+}
+
 func TestUnclearRefusalsEndTheSearchAt64(t *testing.T) {
 	f := newFake(t)
 	f.answer = func(int, mapping) error { return errors.New(answerPrefix + slirpShrug) }
