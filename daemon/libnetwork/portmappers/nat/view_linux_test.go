@@ -330,6 +330,15 @@ func TestLongListOfReservedPorts(t *testing.T) {
 	}
 }
 
+// What the daemon starts has none of the files that it keeps open.
+func TestSettingsAreNotHandedDown(t *testing.T) {
+	for name, fd := range settings() {
+		flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0)
+		assert.NilError(t, err)
+		assert.Check(t, flags&unix.FD_CLOEXEC != 0, name)
+	}
+}
+
 func TestWhatASlirpShrugMeans(t *testing.T) {
 	f := newHostFake(t)
 	f.shrugs = true
