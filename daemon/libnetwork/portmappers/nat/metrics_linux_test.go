@@ -20,6 +20,7 @@ import (
 	sdktrace "go.opentelemetry.io/otel/sdk/trace"
 	"go.opentelemetry.io/otel/sdk/trace/tracetest"
 	"go.opentelemetry.io/otel/trace/noop"
+	"golang.org/x/sys/unix"
 	"gotest.tools/v3/assert"
 	is "gotest.tools/v3/assert/cmp"
 )
@@ -66,6 +67,19 @@ func counted(t *testing.T, f func()) map[string]float64 {
 		}
 	}
 	return added
+}
+
+// A rootful daemon's error for a fixed port is the allocator's: no search tells what it is about.
+func TestMetricsOfATakenRootfulPort(t *testing.T) {
+	holdHere(t, "127.0.0.12", 20000, 20000)
+	got := counted(t, func() {
+		_, err := PortMapper{}.MapPorts(context.Background(), ask(types.UDP, 20000, 20000, "127.0.0.12"))
+		assert.Check(t, is.ErrorContains(err, "address already in use"))
+	})
+	want := map[string]float64{"publishes_total fixed no_port": 1, "attempts sum": 1}
+	for name, n := range want {
+		assert.Check(t, is.Equal(got[name], n), "%s of %v", name, got)
+	}
 }
 
 func TestMetricsOfACall(t *testing.T) {
@@ -249,6 +263,14 @@ func TestPortsLeft(t *testing.T) {
 		return fmt.Sprint(seen, " ", tcp, " ", v["ports_left udp"])
 	}
 	assert.Check(t, is.Equal(left(), "true 6 5"), "the host's own daemon")
+
+	var limit unix.Rlimit
+	assert.NilError(t, unix.Getrlimit(unix.RLIMIT_NOFILE, &limit))
+	assert.NilError(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 3, Max: limit.Max}))
+	blind := left()
+	assert.NilError(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &limit))
+	assert.Check(t, is.Equal(blind, "false 0 0"), "what can't be counted is not told")
+
 	inChild(t)
 	assert.Check(t, is.Equal(left(), "true 6 5"), "with a view")
 
