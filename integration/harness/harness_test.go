@@ -237,7 +237,7 @@ func TestLoadsHoldWhatTheySay(t *testing.T) {
 	}
 	const need = 7
 	assert.NilError(t, h.do(func() error {
-		all, err := hostload.DynamicPorts(0)
+		all, err := hostload.DynamicPorts(hostload.All)
 		assert.NilError(t, err)
 		some, err := choose("load", loads, []string{"row-100", "random-60", "churn-30", "outgoing", "spare"}, func(l Load) string { return l.Name })
 		assert.NilError(t, err)
@@ -277,7 +277,7 @@ func TestLoadsHoldWhatTheySay(t *testing.T) {
 }
 
 func TestRangesHaveAFreePort(t *testing.T) {
-	ports, err := hostload.DynamicPorts(0)
+	ports, err := hostload.DynamicPorts(hostload.All)
 	assert.NilError(t, err)
 	from, err := ranges(ports[:2*width+1])
 	assert.NilError(t, err)

@@ -15,7 +15,7 @@ const most = 15000
 
 // start has other processes do to the host that we are on what the load says, until stop. need is how many ports others will.
 func (l Load) start(network string, need int, seed uint64) (held []int, stop func() error, _ error) {
-	ports, err := hostload.DynamicPorts(0)
+	ports, err := hostload.DynamicPorts(hostload.All)
 	if err != nil {
 		return nil, nil, err
 	}

@@ -135,7 +135,7 @@ func (r Request) container(from int) client.ContainerCreateOptions {
 
 // ranges are the starts of those of the host that we are on that have a port that is not held.
 func ranges(held []int) (from []int, _ error) {
-	ports, err := hostload.DynamicPorts(0)
+	ports, err := hostload.DynamicPorts(hostload.All)
 	if err != nil {
 		return nil, err
 	}

@@ -60,7 +60,10 @@ type Report struct {
 	Refused int   // ports that were to be taken and that someone else had
 }
 
-// DynamicPorts returns the first n ports of the dynamic range of the calling thread's network namespace, or all if n is 0.
+// All is all of them.
+const All = -1
+
+// DynamicPorts returns the first n ports of the dynamic range of the calling thread's network namespace, or [All].
 func DynamicPorts(n int) ([]int, error) {
 	const file = "/proc/sys/net/ipv4/ip_local_port_range"
 	data, err := os.ReadFile(file)
@@ -71,7 +74,7 @@ func DynamicPorts(n int) ([]int, error) {
 	if _, err := fmt.Sscan(string(data), &first, &last); err != nil {
 		return nil, fmt.Errorf("%s: %w", file, err)
 	}
-	if n == 0 {
+	if n == All {
 		n = last - first + 1
 	}
 	if last-first+1 < n {
