@@ -19,21 +19,28 @@ import (
 // the child's (--detach-netns). It is taken before any thread can have entered another one.
 var hostNetNS = netNSAt("/proc/self/ns/net")
 
-// netNS identifies a network namespace. The zero value is none.
-type netNS struct{ dev, ino uint64 }
+// netNS identifies a network namespace, as the kernel does in links: "net:[4026531840]". "" is none.
+type netNS string
 
 func netNSAt(path string) netNS {
 	var st unix.Stat_t
 	if err := unix.Stat(path, &st); err != nil {
-		return netNS{}
+		return ""
 	}
-	return netNS{uint64(st.Dev), st.Ino}
+	return netNS(fmt.Sprintf("net:[%d]", st.Ino))
+}
+
+// hasThread tells whether the calling thread is in it. To read the link takes half the time of a stat.
+func (n netNS) hasThread() bool {
+	var buf [64]byte
+	length, err := unix.Readlink("/proc/thread-self/ns/net", buf[:])
+	return err == nil && string(buf[:length]) == string(n)
 }
 
 // hostInSight tells whether the process is on the host and the calling thread in the child namespace: the
 // host can be seen from another thread then.
 func hostInSight(child netNS) bool {
-	return child != netNS{} && child != hostNetNS && child == netNSAt("/proc/thread-self/ns/net")
+	return child != "" && child != hostNetNS && child.hasThread()
 }
 
 // onHost calls f on a thread of the host's network namespace, and returns false if it got none. All threads
@@ -44,7 +51,7 @@ func onHost(f func()) bool {
 	go func() {
 		runtime.LockOSThread()
 		defer runtime.UnlockOSThread()
-		there := netNSAt("/proc/thread-self/ns/net") == hostNetNS
+		there := hostNetNS.hasThread()
 		if there {
 			f()
 		}

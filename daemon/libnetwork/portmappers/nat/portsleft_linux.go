@@ -24,7 +24,7 @@ func (p portsLeft) Describe(ch chan<- *prometheus.Desc) { ch <- p.desc }
 func (p portsLeft) Collect(ch chan<- prometheus.Metric) {
 	if dir := os.Getenv("ROOTLESSKIT_STATE_DIR"); dir != "" {
 		// Without --detach-netns, this process is in the child.
-		if child := netNSAt(filepath.Join(dir, "netns")); child == (netNS{}) || child == hostNetNS {
+		if child := netNSAt(filepath.Join(dir, "netns")); child == "" || child == hostNetNS {
 			return
 		}
 	}

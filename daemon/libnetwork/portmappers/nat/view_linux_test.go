@@ -418,7 +418,7 @@ func TestNoView(t *testing.T) {
 		f.listens = false
 		f.holdRange(32768, 32768+5)
 		before := hostNetNS
-		hostNetNS = netNS{1, 1}
+		hostNetNS = "net:[1]"
 		defer func() { hostNetNS = before }()
 		assert.Check(t, is.Equal(published(t, f, ask(types.TCP, 0, 0, "0.0.0.0")), 32774))
 		assert.Check(t, is.Equal(f.calls, 7), "the port driver is asked")
