@@ -19,7 +19,7 @@ const (
 type allocatorPorts struct {
 	walk
 	req   *request
-	look  *look // look sees what others have where the allocator binds. nil: that can't be seen.
+	look  look // look is where the allocator binds. Without addresses, nothing is looked at.
 	start time.Time
 	over  bool // over is set when the allocator has no more.
 	jumps bool
@@ -51,12 +51,7 @@ func (s *allocatorPorts) next() (first, last int, ok bool) {
 		}
 	}
 	s.jump()
-	var port int
-	if s.look != nil {
-		port, _ = s.look.find(s.step)
-	} else {
-		port = s.step()
-	}
+	port, _ := s.look.find(s.step)
 	return port, port, port != 0
 }
 

@@ -104,7 +104,7 @@ func (pm PortMapper) MapPorts(ctx context.Context, cfg []portmapperapi.PortBindi
 	if s.ports == nil {
 		ports := newAllocatorPorts(r)
 		if s.driver == nil && r.proto != types.SCTP { // Rootful, it's the calling thread's namespace.
-			ports.look = &look{proto: r.proto, addrs: r.addrs}
+			ports.look = look{proto: r.proto, addrs: r.addrs}
 		}
 		s.ports = ports
 	}
