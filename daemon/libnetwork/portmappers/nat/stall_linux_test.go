@@ -3,9 +3,8 @@ package nat
 import (
 	"context"
 	"io"
-	"math/rand/v2"
+	"net"
 	"net/netip"
-	"runtime"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -13,6 +12,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/moby/moby/v2/daemon/libnetwork/portallocator"
 	"github.com/moby/moby/v2/daemon/libnetwork/portmapperapi"
 	"github.com/moby/moby/v2/daemon/libnetwork/types"
 	"gotest.tools/v3/assert"
@@ -218,44 +218,31 @@ func TestRemovalsThatAreAnsweredWithErrors(t *testing.T) {
 	}
 }
 
-// A fixed port is published on one host address just when a search for it on another one ends.
+// A port is reserved on one address, over and over, while searches for it on another one end.
 func TestSearchThatEndsFailsNobody(t *testing.T) {
-	const port, rounds = 18200, 1000
+	const port, searches = 18200, 200
 	for name, size := range map[string]int{"fixed ports": 1, "ranges": 3} {
 		t.Run(name, func(t *testing.T) {
 			f := newFake(t)
+			f.answer = func(int, mapping) error { return errInUse }
 			inChild(t)
 			occupy(t, "tcp", "127.0.0.1", port, port+size-1)
-			var refusals atomic.Int32
-			f.answer = func(_ int, m mapping) error {
-				if m.ip != netip.MustParseAddr("127.0.0.1") {
-					return nil
-				}
-				refusals.Add(1)
-				return errInUse
-			}
 			ctx, _ := logged()
 			pm := NewPortMapper(Config{RlkClient: f})
+			var over atomic.Bool
 			var wg sync.WaitGroup
-			published := make(chan struct{})
 			wg.Go(func() {
-				for round := range int32(rounds) {
-					for refusals.Load() <= round {
-						runtime.Gosched()
+				for all, ip := portallocator.Get(), net.IPv4(127, 99, 0, 2); !over.Load(); all.ReleasePort(ip, "tcp", port) {
+					if _, err := all.RequestPortsInRange([]net.IP{ip}, "tcp", port, port); !assert.Check(t, err) {
+						return
 					}
-					for start, after := time.Now(), rand.N(60*time.Microsecond); time.Since(start) < after; {
-					}
-					pbs, err := pm.MapPorts(ctx, ask(types.TCP, port, port, "127.0.0.2"))
-					assert.Check(t, err)
-					assert.Check(t, pm.UnmapPorts(ctx, pbs))
-					published <- struct{}{}
 				}
 			})
-			for range rounds {
+			for range searches {
 				_, err := pm.MapPorts(ctx, ask(types.TCP, port, port+size-1, "127.0.0.1"))
 				assert.Check(t, is.ErrorContains(err, "address already in use"))
-				<-published
 			}
+			over.Store(true)
 			wg.Wait()
 			freeFilters()
 		})
