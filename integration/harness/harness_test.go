@@ -114,12 +114,17 @@ func (f *fake) up(t *testing.T) func(place) (*daemon, error) {
 			at[n] = netip.MustParseAddrPort(s.Listener.Addr().String())
 		}
 		c, err := client.New(client.WithHost("tcp://"+server.Listener.Addr().String()), client.WithAPIVersion("1.50"))
-		return &daemon{Client: c, down: c.Close}, err
+		return &daemon{Client: c, log: os.DevNull, down: c.Close}, err
 	}
 }
 
-// measure is of a scene in which the fakes take turns; the program of all of them is a file that there is.
+// measure is of a scene with no load in which the fakes take turns; the program of all of them is a file that there is.
 func measure(t *testing.T, ctx context.Context, file string, contenders ...Contender) (*Results, string, error) {
+	t.Helper()
+	return measureUnder(t, ctx, loads[0], file, contenders...)
+}
+
+func measureUnder(t *testing.T, ctx context.Context, load Load, file string, contenders ...Contender) (*Results, string, error) {
 	t.Helper()
 	root, err := checkout.Root()
 	assert.NilError(t, err)
@@ -130,7 +135,7 @@ func measure(t *testing.T, ctx context.Context, file string, contenders ...Conte
 	for i := range contenders {
 		contenders[i].program = filepath.Join(root, "go.mod")
 	}
-	err = r.scene(ctx, scene{loads[0], requests[0], contenders})
+	err = r.scene(ctx, scene{load, requests[0], contenders})
 	return results, said.String(), err
 }
 
@@ -172,6 +177,22 @@ func TestEachStartIsChecked(t *testing.T) {
 	assert.Check(t, is.Contains(said, "tcp none fake: measured before\n"))
 	assert.Equal(t, f.started.Load(), int32(10), "it was measured again")
 	assert.Equal(t, len(again.Cells), 2)
+}
+
+// Berth's turns under such a load come after one without it, of which only the time is kept.
+func TestPacedTurnsHaveOneWithoutTheLoad(t *testing.T) {
+	f := &fake{becomes: func(int) string { return published }}
+	results, _, err := measureUnder(t, t.Context(), Load{Name: "none", row: 1, paced: true}, filepath.Join(t.TempDir(), "stress.json"),
+		Contender{Name: "berth", up: f.up(t), berth: true}, Contender{Name: "stock", up: f.up(t)})
+	assert.NilError(t, err)
+	for _, c := range results.Cells {
+		assert.Check(t, is.Equal(len(c.Starts), 10), c.Contender)
+		for _, turn := range c.Turns {
+			assert.Check(t, is.Equal(turn.Held, 1), c.Contender)
+			assert.Check(t, turn.Idle > 0 == (c.Contender == "berth"), "%s: %v", c.Contender, turn)
+		}
+	}
+	assert.Equal(t, f.started.Load(), int32(30))
 }
 
 // A turn that breaks ends its cell, which says so, and no other one.

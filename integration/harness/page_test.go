@@ -27,7 +27,7 @@ func allCells(t *testing.T) *Results {
 		for _, k := range able(t) {
 			c := &Cell{Contender: k.Name, Load: l.Name, Request: "tcp", Daemon: "1.2.3", Wanted: enough}
 			for range turns {
-				c.Turns = append(c.Turns, Turn{0, enough / turns, 8})
+				c.Turns = append(c.Turns, Turn{0, enough / turns, 8, 8})
 			}
 			for i := range c.Wanted {
 				s := Start{MS: float64(200 + i), Outcome: published}
@@ -113,6 +113,12 @@ func TestClaims(t *testing.T) {
 		c.Turns[i].Seconds *= 1.1
 	}
 	broken(c, "tcp none berth: 0.91 x the starts a second of stock's, want 0.98")
+
+	c = cell("berth", "churn-60")
+	for i := range c.Turns {
+		c.Turns[i].Idle = 0.9 * c.Turns[i].Seconds
+	}
+	broken(c, "tcp churn-60 berth: 0.90 x the starts a second of its own without the load, want 0.95")
 }
 
 // Where as many ports are free as are needed, a search without a view finds them at the rate that its tries give.

@@ -99,8 +99,8 @@ func (p *Progress) done(outcome string) {
 	}
 }
 
-// skip counts the starts of a cell that there will not be.
-func (p *Progress) skip(c *Cell) {
+// skip counts the n starts of a cell that there will not be.
+func (p *Progress) skip(c *Cell, n int) {
 	why := "measured before"
 	if c.CannotRun != "" {
 		why = "cannot run here: " + c.CannotRun
@@ -108,6 +108,6 @@ func (p *Progress) skip(c *Cell) {
 	fmt.Fprintf(p, "%s: %s\n", c.key(), why)
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.ended += c.Wanted
-	p.skipped += c.Wanted
+	p.ended += n
+	p.skipped += n
 }

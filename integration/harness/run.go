@@ -54,7 +54,9 @@ func Run(ctx context.Context, o Options) (*Results, error) {
 		return nil, err
 	}
 	for _, s := range list {
-		o.Progress.total += len(s.contenders) * o.Starts / s.Request.share
+		for _, c := range s.contenders {
+			o.Progress.total += o.starts(s, c)
+		}
 	}
 	defer o.Progress.start()()
 	for _, s := range list {
@@ -64,6 +66,15 @@ func Run(ctx context.Context, o Options) (*Results, error) {
 		}
 	}
 	return results, err
+}
+
+// starts is how many a contender makes, with those that are not kept.
+func (o *Options) starts(s scene, c Contender) int {
+	n := o.Starts / s.Request.share
+	if s.paced && c.berth {
+		n *= 2
+	}
+	return n
 }
 
 type run struct {
@@ -96,7 +107,7 @@ func (r *run) scene(ctx context.Context, s scene) (retErr error) {
 		sum, err := stack.Sum(p.binary())
 		cell.SHA256 = sum
 		if slices.ContainsFunc(r.results.Cells, cell.done) {
-			r.Progress.skip(cell)
+			r.Progress.skip(cell, r.starts(s, contender))
 			continue
 		}
 		r.Progress.now(cell.key() + ": starting the daemon")
@@ -109,7 +120,7 @@ func (r *run) scene(ctx context.Context, s scene) (retErr error) {
 		}
 		if err != nil {
 			cell.CannotRun = err.Error()
-			r.Progress.skip(cell)
+			r.Progress.skip(cell, r.starts(s, contender))
 			if err := errors.Join(r.results.put(cell), c.down()); err != nil {
 				return err
 			}
@@ -182,21 +193,39 @@ func (c *running) down() (err error) {
 	})
 }
 
-// turn is one of a contender's, on a thread of its host: the load, its share of the starts, their removal.
-func (r *run) turn(ctx context.Context, s scene, c *running, turn int) (retErr error) {
+// turn is one of a contender's, on a thread of its host.
+func (r *run) turn(ctx context.Context, s scene, c *running, turn int) error {
+	var idle Turn
+	if s.paced && c.berth {
+		var err error
+		without := s
+		without.Load = Load{}
+		if idle, _, err = r.share(ctx, without, c, turn); err != nil {
+			return err
+		}
+	}
+	t, starts, err := r.share(ctx, s, c, turn)
+	t.Idle = idle.Seconds
+	c.cell.Turns = append(c.cell.Turns, t)
+	c.cell.Starts = append(c.cell.Starts, starts...)
+	return err
+}
+
+// share is a turn's share of the starts, under the load, until they are removed.
+func (r *run) share(ctx context.Context, s scene, c *running, turn int) (t Turn, starts []Start, retErr error) {
 	n := c.cell.Wanted*(turn+1)/turns - c.cell.Wanted*turn/turns
 	held, stop, err := s.Load.start(s.network, n*len(s.ports), r.Seed)
 	if err != nil {
-		return err
+		return t, nil, err
 	}
 	defer func() { retErr = errors.Join(retErr, stop()) }()
 	from := []int{0}
 	if s.hostPort == "" {
 		if from, err = ranges(held); err != nil {
-			return err
+			return t, nil, err
 		}
 	}
-	starts := make([]Start, n)
+	starts = make([]Start, n)
 	of := func(i int) *daemon { return c.daemons[i%len(c.daemons)] }
 	check := func(i int) {
 		if starts[i].Outcome != published {
@@ -234,12 +263,10 @@ func (r *run) turn(ctx context.Context, s scene, c *running, turn int) (retErr e
 		}
 	})
 	starts = slices.DeleteFunc(starts, func(s Start) bool { return s.Outcome == "" }) // we were stopped before
-	c.cell.Turns = append(c.cell.Turns, Turn{len(held), len(starts), seconds})
-	c.cell.Starts = append(c.cell.Starts, starts...)
 	if ctx.Err() != nil {
 		err = context.Cause(ctx)
 	}
-	return errors.Join(append(errs, err)...)
+	return Turn{Held: len(held), Starts: len(starts), Seconds: seconds}, starts, errors.Join(append(errs, err)...)
 }
 
 // each calls f for 0 to n-1, so many at a time.

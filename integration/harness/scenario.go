@@ -57,6 +57,7 @@ type Load struct {
 	second      bool    // a second user's daemon starts half of what is started
 	connect     int     // so many outgoing connections are open
 	spare       bool    // as many dynamic ports are left free, at random, as a turn needs
+	paced       bool    // each of Berth's turns comes after one without the load: what that costs is claimed
 }
 
 var loads = []Load{
@@ -67,11 +68,11 @@ var loads = []Load{
 	{Name: "row-1000", About: "the first 1,000 dynamic ports are held", row: 1000},
 	{Name: "row-17000", About: "the first 17,000 dynamic ports are held", row: 17000},
 	{Name: "random-30", About: "30% of the dynamic ports are held, at random", share: 0.3},
-	{Name: "random-60", About: "60% of them", share: 0.6},
+	{Name: "random-60", About: "60% of them", share: 0.6, paced: true},
 	{Name: "random-90", About: "90% of them", share: 0.9},
 	{Name: "random-99", About: "99% of them", share: 0.99},
 	{Name: "churn-30", About: "as random-30, and each millisecond one is released and another taken", share: 0.3, churn: true},
-	{Name: "churn-60", About: "the same, of random-60", share: 0.6, churn: true},
+	{Name: "churn-60", About: "the same, of random-60", share: 0.6, churn: true, paced: true},
 	{Name: "churn-90", About: "the same, of random-90", share: 0.9, churn: true},
 	{Name: "churn-99", About: "the same, of random-99", share: 0.99, churn: true},
 	{Name: "user", About: "a second user's daemon starts half of the containers", second: true},
