@@ -22,6 +22,7 @@ import (
 	"gotest.tools/v3/poll"
 
 	"berth/hack/stack"
+	"berth/integration/harness"
 	"berth/integration/hostload"
 	"berth/integration/stacktest"
 	"berth/integration/whoami"
@@ -31,18 +32,8 @@ var full = flag.Bool("full", false, "30 replicas on three nodes, with 100 ports 
 
 func TestMain(m *testing.M) { stacktest.Main(m) }
 
-// Result is what came of a service.
-type Result struct {
-	Daemon      string  `json:"daemon"`
-	Nodes       int     `json:"nodes"`
-	Replicas    int     `json:"replicas"`
-	Held        int     `json:"held_ports"` // of each host
-	FailedTasks int     `json:"failed_tasks"`
-	Seconds     float64 `json:"seconds"` // until all ran
-}
-
 // A task that finds no port fails, and Swarm starts another one five seconds later. What came of it is also written to
-// build/results/fleet.json.
+// build/results, for the harness's page.
 func TestReplicasFindPorts(t *testing.T) {
 	if os.Getuid() != 0 {
 		t.Skip("several users' stacks on hosts of their own take root")
@@ -51,16 +42,16 @@ func TestReplicasFindPorts(t *testing.T) {
 	if *full {
 		nodes, replicas, held = 3, 30, 100
 	}
-	var results []Result
+	var results []harness.Fleet
 	for _, dockerd := range []string{"dockerd-stock", "dockerd"} {
 		t.Run(dockerd, func(t *testing.T) {
-			r := Result{Daemon: dockerd, Nodes: nodes, Replicas: replicas, Held: held}
+			r := harness.Fleet{Daemon: dockerd, Nodes: nodes, Replicas: replicas, Held: held}
 			r.FailedTasks, r.Seconds = serve(t, fleet(t, dockerd, nodes, held), replicas)
 			t.Logf("%+v", r)
 			results = append(results, r)
 		})
 	}
-	stacktest.WriteResults(t, "fleet.json", results)
+	stacktest.WriteResults(t, harness.FleetFile, results)
 	assert.Equal(t, len(results), 2)
 	assert.Check(t, results[0].FailedTasks > 0, "with stock, no task failed: nothing is shown")
 	assert.Check(t, results[1].FailedTasks == 0, "with Berth, %d tasks failed", results[1].FailedTasks)

@@ -34,6 +34,7 @@ func (r *Results) WritePage() (files []string, _ error) {
 		First, Last      string
 		Machine          Machine
 		Claims           []Claim
+		Fleets           []Fleet
 	}{Results: r, Machine: r.Cells[0].Machine, Claims: r.Claims()}
 	for _, m := range marks {
 		page.Marks = append(page.Marks, template.CSS(fmt.Sprintf("#%02x%02x%02x", m.color.R, m.color.G, m.color.B)))
@@ -57,6 +58,10 @@ func (r *Results) WritePage() (files []string, _ error) {
 	}
 	for _, q := range requests {
 		page.Names = append(page.Names, q.Name+": "+q.About)
+	}
+	var err error
+	if page.Fleets, err = r.fleets(); err != nil {
+		return nil, err
 	}
 	figures, err := r.figures()
 	if err != nil {

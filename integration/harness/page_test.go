@@ -50,6 +50,7 @@ func TestPageHasAllMarks(t *testing.T) {
 	c := *r.Cells[0]
 	c.Contender, c.Starts, c.CannotRun = "file", nil, "no such <file>"
 	assert.NilError(t, r.put(&c))
+	assert.NilError(t, os.WriteFile(filepath.Join(filepath.Dir(r.file), FleetFile), []byte(`[{"daemon": "d", "nodes": 3, "failed_tasks": 7777}]`), 0o600))
 	files, err := r.WritePage()
 	assert.NilError(t, err)
 	data, err := os.ReadFile(files[0])
@@ -66,6 +67,7 @@ func TestPageHasAllMarks(t *testing.T) {
 		assert.Check(t, is.Contains(figures[0], ">"+l.Name+"<"))
 	}
 	assert.Check(t, is.Contains(page, "no such &lt;file&gt;"))
+	assert.Check(t, is.Contains(page, "<td>7777<"))
 	for _, elsewhere := range []string{"src=", "@import", "url(", "<link"} {
 		assert.Check(t, !strings.Contains(page, elsewhere), "%s: the page needs something else", elsewhere)
 	}
