@@ -131,7 +131,7 @@ func measureUnder(t *testing.T, ctx context.Context, load Load, file string, con
 	results, err := LoadResults(file)
 	assert.NilError(t, err)
 	var said strings.Builder
-	r := run{Options: Options{Root: root, Starts: 10, Parallel: 2, Progress: NewProgress(&said)}, results: results}
+	r := run{Options: Options{Root: root, Starts: 10, Parallel: 2, Progress: NewProgress(&said)}, results: results, sums: map[string]string{}}
 	for i := range contenders {
 		contenders[i].program = filepath.Join(root, "go.mod")
 	}

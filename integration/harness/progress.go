@@ -22,7 +22,7 @@ type Progress struct {
 	doing   string
 	total   int // starts
 	ended   int
-	skipped int // of ended: they were measured before, or can't be
+	skipped int // of ended: they can't be
 	failed  int // of ended
 }
 
@@ -99,13 +99,9 @@ func (p *Progress) done(outcome string) {
 	}
 }
 
-// skip counts the n starts of a cell that there will not be.
+// skip counts the n starts of a cell that cannot run.
 func (p *Progress) skip(c *Cell, n int) {
-	why := "measured before"
-	if c.CannotRun != "" {
-		why = "cannot run here: " + c.CannotRun
-	}
-	fmt.Fprintf(p, "%s: %s\n", c.key(), why)
+	fmt.Fprintf(p, "%s: cannot run here: %s\n", c.key(), c.CannotRun)
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.ended += n

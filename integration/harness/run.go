@@ -49,13 +49,15 @@ func Run(ctx context.Context, o Options) (*Results, error) {
 	if err != nil {
 		return nil, err
 	}
-	r := run{Options: o, results: results}
+	r := run{Options: o, results: results, sums: map[string]string{}}
 	if r.machine, err = thisMachine(); err != nil {
 		return nil, err
 	}
 	for _, s := range list {
 		for _, c := range s.contenders {
-			o.Progress.total += o.starts(s, c)
+			if cell, _ := r.cell(s, c); !r.measured(cell) {
+				o.Progress.total += o.starts(s, c)
+			}
 		}
 	}
 	defer o.Progress.start()()
@@ -81,7 +83,20 @@ type run struct {
 	Options
 	results *Results
 	machine Machine
+	sums    map[string]string // of programs
 }
+
+// cell is one that is to be measured, with an error if its program is not there.
+func (r *run) cell(s scene, c Contender) (*Cell, error) {
+	program, err := place{Contender: c, root: r.Root}.binary(), error(nil)
+	if r.sums[program] == "" {
+		r.sums[program], err = stack.Sum(program)
+	}
+	return &Cell{Contender: c.Name, Load: s.Load.Name, Request: s.Request.Name, SHA256: r.sums[program], Machine: r.machine,
+		Date: time.Now().UTC().Truncate(time.Second), Seed: r.Seed, Parallel: r.Parallel, Wanted: r.Starts / s.Request.share}, err
+}
+
+func (r *run) measured(c *Cell) bool { return slices.ContainsFunc(r.results.Cells, c.done) }
 
 // running is a contender that takes its turns.
 type running struct {
@@ -102,12 +117,9 @@ func (r *run) scene(ctx context.Context, s scene) (retErr error) {
 	}()
 	for _, contender := range s.contenders {
 		p := place{Context: ctx, Contender: contender, root: r.Root}
-		cell := &Cell{Contender: contender.Name, Load: s.Load.Name, Request: s.Request.Name, Machine: r.machine,
-			Date: time.Now().UTC().Truncate(time.Second), Seed: r.Seed, Parallel: r.Parallel, Wanted: r.Starts / s.Request.share}
-		sum, err := stack.Sum(p.binary())
-		cell.SHA256 = sum
-		if slices.ContainsFunc(r.results.Cells, cell.done) {
-			r.Progress.skip(cell, r.starts(s, contender))
+		cell, err := r.cell(s, contender)
+		if r.measured(cell) {
+			fmt.Fprintf(r.Progress, "%s: measured before\n", cell.key())
 			continue
 		}
 		r.Progress.now(cell.key() + ": starting the daemon")
