@@ -179,7 +179,7 @@ func TestEachStartIsChecked(t *testing.T) {
 	assert.Equal(t, len(again.Cells), 2)
 }
 
-// Berth's turns under such a load come after one without it, of which only the time is kept.
+// Berth's turns under such a load are beside one without it, of which only the time is kept.
 func TestPacedTurnsHaveOneWithoutTheLoad(t *testing.T) {
 	f := &fake{becomes: func(int) string { return published }}
 	results, _, err := measureUnder(t, t.Context(), Load{Name: "none", row: 1, paced: true}, filepath.Join(t.TempDir(), "stress.json"),

@@ -63,7 +63,7 @@ type Turn struct {
 	Held    int     `json:"held_ports"` // by the load
 	Starts  int     `json:"starts"`
 	Seconds float64 `json:"seconds"`                // from the first one's beginning to the last one's check
-	Idle    float64 `json:"idle_seconds,omitempty"` // of as many just before, without the load
+	Idle    float64 `json:"idle_seconds,omitempty"` // of as many just before or after, without the load
 }
 
 func (t Turn) perSecond() float64 { return float64(t.Starts) / t.Seconds }

@@ -208,17 +208,22 @@ func (c *running) down() (err error) {
 // turn is one of a contender's, on a thread of its host.
 func (r *run) turn(ctx context.Context, s scene, c *running, turn int) error {
 	var idle Turn
-	if s.paced && c.berth {
-		var err error
-		without := s
-		without.Load = Load{}
+	var err error
+	without, paced := s, s.paced && c.berth
+	without.Load = Load{}
+	// Whatever the first of the two warms up helps the other one: they change places.
+	if paced && turn%2 == 0 {
 		if idle, _, err = r.share(ctx, without, c, turn); err != nil {
 			return err
 		}
 	}
 	t, starts, err := r.share(ctx, s, c, turn)
-	t.Idle = idle.Seconds
-	c.cell.Turns = append(c.cell.Turns, t)
+	if paced && turn%2 == 1 && err == nil {
+		idle, _, err = r.share(ctx, without, c, turn)
+	}
+	if t.Idle = idle.Seconds; len(starts) > 0 {
+		c.cell.Turns = append(c.cell.Turns, t)
+	}
 	c.cell.Starts = append(c.cell.Starts, starts...)
 	return err
 }

@@ -57,7 +57,7 @@ type Load struct {
 	second      bool    // a second user's daemon starts half of what is started
 	connect     int     // so many outgoing connections are open
 	spare       bool    // as many dynamic ports are left free, at random, as a turn needs
-	paced       bool    // each of Berth's turns comes after one without the load: what that costs is claimed
+	paced       bool    // each of Berth's turns is beside one without the load: what that costs is claimed
 }
 
 var loads = []Load{
