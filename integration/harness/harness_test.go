@@ -107,7 +107,7 @@ func (f *fake) up(t *testing.T) func(place) (*daemon, error) {
 	server := httptest.NewServer(mux)
 	t.Cleanup(server.Close)
 	return func(place) (*daemon, error) {
-		for n := range 30 {
+		for n := range 200 {
 			says := id(n) // the 0-th is a stranger
 			s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, says[:12]) }))
 			t.Cleanup(s.Close)
@@ -179,20 +179,26 @@ func TestEachStartIsChecked(t *testing.T) {
 	assert.Equal(t, len(again.Cells), 2)
 }
 
-// Berth's turns under such a load are beside one without it, of which only the time is kept.
-func TestPacedTurnsHaveOneWithoutTheLoad(t *testing.T) {
+// Where a load's cost is claimed there are more turns, each beside one without the load and one with it elsewhere, of which only
+// the time is kept.
+func TestPacedTurnsAreBesideOthers(t *testing.T) {
 	f := &fake{becomes: func(int) string { return published }}
-	results, _, err := measureUnder(t, t.Context(), Load{Name: "none", row: 1, paced: true}, filepath.Join(t.TempDir(), "stress.json"),
-		Contender{Name: "berth", up: f.up(t), berth: true}, Contender{Name: "stock", up: f.up(t)})
+	results, _, err := measureUnder(t, t.Context(), Load{Name: "none", row: 1, churn: true, paced: true}, filepath.Join(t.TempDir(), "stress.json"),
+		Contender{Name: "berth", up: f.up(t), berth: true, paced: true}, Contender{Name: "stock", up: f.up(t)})
 	assert.NilError(t, err)
 	for _, c := range results.Cells {
-		assert.Check(t, is.Equal(len(c.Starts), 10), c.Contender)
+		paced, n := c.Contender == "berth", 1
+		if paced {
+			n = often
+		}
+		assert.Check(t, is.Equal(len(c.Starts), 10*n), c.Contender)
+		assert.Check(t, is.Equal(len(c.Turns), turns*n), c.Contender)
 		for _, turn := range c.Turns {
 			assert.Check(t, is.Equal(turn.Held, 1), c.Contender)
-			assert.Check(t, turn.Idle > 0 == (c.Contender == "berth"), "%s: %v", c.Contender, turn)
+			assert.Check(t, turn.Idle > 0 == paced && turn.Unasked > 0 == paced, "%s: %v", c.Contender, turn)
 		}
 	}
-	assert.Equal(t, f.started.Load(), int32(30))
+	assert.Equal(t, f.started.Load(), int32(10+3*10*often))
 }
 
 // A turn that breaks ends its cell, which says so, and no other one.

@@ -62,8 +62,9 @@ type Machine struct {
 type Turn struct {
 	Held    int     `json:"held_ports"` // by the load
 	Starts  int     `json:"starts"`
-	Seconds float64 `json:"seconds"`                // from the first one's beginning to the last one's check
-	Idle    float64 `json:"idle_seconds,omitempty"` // of as many just before or after, without the load
+	Seconds float64 `json:"seconds"`                   // from the first one's beginning to the last one's check
+	Idle    float64 `json:"idle_seconds,omitempty"`    // of as many just before or after, without the load
+	Unasked float64 `json:"unasked_seconds,omitempty"` // and with the same load on the other protocol's ports
 }
 
 func (t Turn) perSecond() float64 { return float64(t.Starts) / t.Seconds }
@@ -99,7 +100,9 @@ type Summary struct {
 	P50          float64        `json:"p50_ms"` // of those that were published
 	P95          float64        `json:"p95_ms"`
 	P99          float64        `json:"p99_ms"`
-	PerSecond    float64        `json:"starts_per_second"` // the median turn's
+	PerSecond    float64        `json:"starts_per_second"`    // the median turn's
+	OfIdle       float64        `json:"of_idle,omitempty"`    // starts a second, by those without the load: the median turn's
+	OfUnasked    float64        `json:"of_unasked,omitempty"` // and by those with it on the other protocol's ports
 	Attempts     float64        `json:"attempts_per_publish,omitempty"`
 }
 
@@ -152,7 +155,23 @@ func (c *Cell) summarize() {
 	if slices.Sort(rates); len(rates) > 0 {
 		s.PerSecond = quantile(0.5, rates)
 	}
+	s.OfIdle = c.pace(func(_ int, t Turn) Turn { return Turn{Starts: t.Starts, Seconds: t.Idle} })
+	s.OfUnasked = c.pace(func(_ int, t Turn) Turn { return Turn{Starts: t.Starts, Seconds: t.Unasked} })
 	c.Summary = s
+}
+
+// pace is the median of the ratios of the turns' starts a second to those of what is beside them, or 0 if nothing is.
+func (c *Cell) pace(beside func(turn int, t Turn) Turn) float64 {
+	var ratios []float64
+	for i, t := range c.Turns {
+		if b := beside(i, t); b.Starts > 0 && b.Seconds > 0 {
+			ratios = append(ratios, t.perSecond()/b.perSecond())
+		}
+	}
+	if slices.Sort(ratios); len(ratios) == 0 {
+		return 0
+	}
+	return quantile(0.5, ratios)
 }
 
 func quantile(p float64, sorted []float64) float64 {
@@ -228,10 +247,24 @@ func (r *Results) Print(out io.Writer) {
 	}
 	w.Flush()
 	for _, c := range r.Cells {
+		if says := c.Beside(); says != "" {
+			fmt.Fprintln(out, says)
+		}
 		if c.CannotRun != "" {
 			fmt.Fprintf(out, "%s: cannot run here: %s\n", c.key(), c.CannotRun)
 		}
 	}
+}
+
+// Beside is how the pace compares to those beside it, or "".
+func (c *Cell) Beside() (says string) {
+	if c.Summary.OfIdle > 0 {
+		says = fmt.Sprintf("%s: %.2f x the starts a second without the load", c.key(), c.Summary.OfIdle)
+	}
+	if c.Summary.OfUnasked > 0 {
+		says += fmt.Sprintf(", %.2f x those with it on ports that are not asked for", c.Summary.OfUnasked)
+	}
+	return says
 }
 
 // String is in percent.

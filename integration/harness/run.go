@@ -70,14 +70,17 @@ func Run(ctx context.Context, o Options) (*Results, error) {
 	return results, err
 }
 
-// starts is how many a contender makes, with those that are not kept.
-func (o *Options) starts(s scene, c Contender) int {
+// wanted is how many starts of a contender are kept.
+func (o *Options) wanted(s scene, c Contender) int {
 	n := o.Starts / s.Request.share
-	if s.paced && c.berth {
-		n *= 2
+	if s.pace(c) {
+		n *= often
 	}
 	return n
 }
+
+// starts is how many it makes.
+func (o *Options) starts(s scene, c Contender) int { return o.wanted(s, c) * len(s.shares(c)) }
 
 type run struct {
 	Options
@@ -93,7 +96,7 @@ func (r *run) cell(s scene, c Contender) (*Cell, error) {
 		r.sums[program], err = stack.Sum(program)
 	}
 	return &Cell{Contender: c.Name, Load: s.Load.Name, Request: s.Request.Name, SHA256: r.sums[program], Machine: r.machine,
-		Date: time.Now().UTC().Truncate(time.Second), Seed: r.Seed, Parallel: r.Parallel, Wanted: r.Starts / s.Request.share}, err
+		Date: time.Now().UTC().Truncate(time.Second), Seed: r.Seed, Parallel: r.Parallel, Wanted: r.wanted(s, c)}, err
 }
 
 func (r *run) measured(c *Cell) bool { return slices.ContainsFunc(r.results.Cells, c.done) }
@@ -101,6 +104,7 @@ func (r *run) measured(c *Cell) bool { return slices.ContainsFunc(r.results.Cell
 // running is a contender that takes its turns.
 type running struct {
 	Contender
+	turns   int
 	cell    *Cell
 	host    *host
 	daemons []*daemon
@@ -123,7 +127,10 @@ func (r *run) scene(ctx context.Context, s scene) (retErr error) {
 			continue
 		}
 		r.Progress.now(cell.key() + ": starting the daemon")
-		c := &running{Contender: contender, cell: cell}
+		c := &running{Contender: contender, turns: turns, cell: cell}
+		if s.pace(contender) {
+			c.turns *= often
+		}
 		if err == nil {
 			err = c.bringUp(p, s.second)
 		}
@@ -140,9 +147,9 @@ func (r *run) scene(ctx context.Context, s scene) (retErr error) {
 		}
 		here = append(here, c)
 	}
-	for turn := range turns {
+	for turn := range turns * often {
 		for _, c := range here {
-			if c.cell.CannotRun != "" {
+			if turn >= c.turns || c.cell.CannotRun != "" {
 				continue
 			}
 			r.Progress.now(c.cell.key())
@@ -207,30 +214,33 @@ func (c *running) down() (err error) {
 
 // turn is one of a contender's, on a thread of its host.
 func (r *run) turn(ctx context.Context, s scene, c *running, turn int) error {
-	var idle Turn
-	var err error
-	without, paced := s, s.paced && c.berth
-	without.Load = Load{}
-	// Whatever the first of the two warms up helps the other one: they change places.
-	if paced && turn%2 == 0 {
-		if idle, _, err = r.share(ctx, without, c, turn); err != nil {
-			return err
+	shares := s.shares(c.Contender)
+	var own Turn
+	var beside [3]float64
+	var failed error
+	for i := range shares {
+		// Whatever one of them warms up helps the next: they change places.
+		which := (i + turn) % len(shares)
+		t, starts, err := r.share(ctx, shares[which], c, turn)
+		if which == 0 {
+			own = t
+			c.cell.Starts = append(c.cell.Starts, starts...)
 		}
+		if err != nil {
+			failed = err
+			break
+		}
+		beside[which] = t.Seconds
 	}
-	t, starts, err := r.share(ctx, s, c, turn)
-	if paced && turn%2 == 1 && err == nil {
-		idle, _, err = r.share(ctx, without, c, turn)
+	if own.Idle, own.Unasked = beside[1], beside[2]; own.Starts > 0 {
+		c.cell.Turns = append(c.cell.Turns, own)
 	}
-	if t.Idle = idle.Seconds; len(starts) > 0 {
-		c.cell.Turns = append(c.cell.Turns, t)
-	}
-	c.cell.Starts = append(c.cell.Starts, starts...)
-	return err
+	return failed
 }
 
 // share is a turn's share of the starts, under the load, until they are removed.
 func (r *run) share(ctx context.Context, s scene, c *running, turn int) (t Turn, starts []Start, retErr error) {
-	n := c.cell.Wanted*(turn+1)/turns - c.cell.Wanted*turn/turns
+	n := c.cell.Wanted*(turn+1)/c.turns - c.cell.Wanted*turn/c.turns
 	held, stop, err := s.Load.start(s.network, n*len(s.ports), r.Seed)
 	if err != nil {
 		return t, nil, err

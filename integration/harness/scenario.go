@@ -29,12 +29,13 @@ type Contender struct {
 	up          func(place) (*daemon, error)
 	beside      func(place) (*daemon, error) // of a second user, if that is another one
 	berth       bool                         // it claims that each start is published, and its log has how many attempts that took
+	paced       bool                         // what a load costs it is claimed
 	request     string                       // the one that it serves, if only one
 }
 
 // contenders are all but the one of --dockerd.
 var contenders = []Contender{
-	{Name: "berth", About: "Berth, rootless, with a view of the host's ports", program: "dockerd", up: rootless, berth: true},
+	{Name: "berth", About: "Berth, rootless, with a view of the host's ports", program: "dockerd", up: rootless, berth: true, paced: true},
 	{Name: "berth-no-view", About: "Berth, rootless, with --detach-netns=false, as dind-rootless has it", program: "dockerd", up: rootless, berth: true, options: stack.Options{NoDetachNetns: true}},
 	{Name: "stock", About: "upstream's daemon of the base, rootless", program: "dockerd-stock", up: rootless},
 	{Name: "docker28", About: "Docker 28.5.2, rootless, with --detach-netns=false (`berth build docker28`)", program: "docker28", up: rootless, options: stack.Options{NoDetachNetns: true}},
@@ -57,7 +58,7 @@ type Load struct {
 	second      bool    // a second user's daemon starts half of what is started
 	connect     int     // so many outgoing connections are open
 	spare       bool    // as many dynamic ports are left free, at random, as a turn needs
-	paced       bool    // each of Berth's turns is beside one without the load: what that costs is claimed
+	paced       bool    // what it costs is claimed: see shares
 }
 
 var loads = []Load{
@@ -157,6 +158,30 @@ type scene struct {
 	Load
 	Request
 	contenders []Contender
+}
+
+// often is how many times as many turns are taken where what a load costs is claimed: one turn's pace is told no closer than a tenth.
+const often = 5
+
+// pace is whether what the load costs the contender is claimed.
+func (s scene) pace(c Contender) bool {
+	return s.paced && c.paced && s.Request.Name == requests[0].Name
+}
+
+// shares are what a turn consists of: the scene, and what its pace is compared to. Without the load is all that it costs. With a
+// churning load on the other protocol's ports, which nobody asks for, the machine has as much to do, but there is nothing to
+// search for.
+func (s scene) shares(c Contender) []scene {
+	if !s.pace(c) {
+		return []scene{s}
+	}
+	idle, unasked := s, s
+	idle.Load = Load{}
+	unasked.network = map[string]string{"tcp4": "udp4", "udp4": "tcp4"}[s.network]
+	if !s.churn {
+		return []scene{s, idle}
+	}
+	return []scene{s, idle, unasked}
 }
 
 // scenes are those that the options choose.

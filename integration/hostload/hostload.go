@@ -7,6 +7,7 @@ package hostload
 
 import (
 	"bufio"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -19,6 +20,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // processName, as argument 0, makes a process the load.
@@ -166,7 +169,7 @@ func (p *Process) failed(err error) error {
 
 // run is the load itself: it reads a Load, writes a Report when it holds the ports, and
 // another one when its input ends.
-func run(in io.Reader, out io.Writer) error {
+func run(in *os.File, out io.Writer) error {
 	input := bufio.NewReader(in)
 	line, err := input.ReadBytes('\n')
 	if err != nil {
@@ -188,21 +191,21 @@ func run(in io.Reader, out io.Writer) error {
 	if err := report.Encode(h.report); err != nil {
 		return err
 	}
-	ended := make(chan struct{})
-	go func() {
-		io.Copy(io.Discard, input)
-		close(ended)
-	}()
-	var tick <-chan time.Time
-	if l.Churn > 0 {
-		tick = time.NewTicker(l.Churn).C
-	}
-	for {
-		select {
-		case <-ended:
+	// A goroutine that waits would hand over to this one each time, which costs as much as what is done then: init has a thread
+	// of its own.
+	for next := time.Now().Add(l.Churn); ; {
+		var wait *unix.Timespec // without end
+		if l.Churn > 0 {
+			wait = new(unix.NsecToTimespec(max(0, time.Until(next)).Nanoseconds()))
+		}
+		switch n, err := unix.Ppoll([]unix.PollFd{{Fd: int32(in.Fd())}}, wait, nil); {
+		case n > 0:
 			return report.Encode(h.report)
-		case <-tick:
+		case n == 0:
 			h.churn()
+			next = next.Add(l.Churn)
+		case err != unix.EINTR:
+			return err
 		}
 	}
 }
@@ -308,5 +311,7 @@ func listen(network, address string, port int) (io.Closer, error) {
 	if strings.HasPrefix(network, "udp") {
 		return net.ListenPacket(network, a)
 	}
-	return net.Listen(network, a)
+	var config net.ListenConfig
+	config.SetMultipathTCP(false) // which doubles the work
+	return config.Listen(context.Background(), network, a)
 }
