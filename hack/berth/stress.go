@@ -42,7 +42,7 @@ func newStressCommand() *cobra.Command {
 		Short: "Show stock failing and Berth not failing, under the same host load",
 		Long: fmt.Sprintf(`Run hack/stress.sh against a stack with upstream's daemon, then against one with the
 patched daemon, while another process holds %d of the first %d dynamic host ports and
-releases one and takes another every %v. Prints what came of it, and exits 0 only
+releases one and takes another every %v, in the mean. Prints what came of it, and exits 0 only
 if Berth published every container and stock failed some, with 3 if not: then nothing is
 shown.
 

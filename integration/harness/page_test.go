@@ -27,7 +27,7 @@ func allCells(t *testing.T) *Results {
 		for _, k := range able(t) {
 			c := &Cell{Contender: k.Name, Load: l.Name, Request: "tcp", Daemon: "1.2.3", Wanted: (&Options{Starts: enough}).wanted(scene{l, requests[0], nil}, k)}
 			for range turns * c.Wanted / enough {
-				c.Turns = append(c.Turns, Turn{0, enough / turns, 8, 8, 8})
+				c.Turns = append(c.Turns, Turn{0, enough / turns, 8, 8})
 			}
 			for i := range c.Wanted {
 				s := Start{MS: float64(200 + i), Outcome: published}
@@ -119,12 +119,12 @@ func TestClaims(t *testing.T) {
 
 	c = cell("berth", "churn-60")
 	for i := range c.Turns {
-		c.Turns[i].Unasked = 0.9 * c.Turns[i].Seconds
+		c.Turns[i].Idle = 0.9 * c.Turns[i].Seconds
 	}
-	broken(c, "tcp churn-60 berth: 0.90 x the starts a second of its own with the load on ports that are not asked for, want 0.95")
+	broken(c, "tcp churn-60 berth: 0.90 x the starts a second of its own without the load, want 0.95")
 	var table strings.Builder
 	r.Print(&table)
-	assert.Check(t, is.Contains(table.String(), "tcp churn-60 berth: 1.00 x the starts a second without the load, 0.90 x those with it on ports that are not asked for\n"))
+	assert.Check(t, is.Contains(table.String(), "tcp churn-60 berth: 0.90 x the starts a second without the load\n"))
 }
 
 // Where as many ports are free as are needed, a search without a view finds them at the rate that its tries give.

@@ -62,9 +62,8 @@ type Machine struct {
 type Turn struct {
 	Held    int     `json:"held_ports"` // by the load
 	Starts  int     `json:"starts"`
-	Seconds float64 `json:"seconds"`                   // from the first one's beginning to the last one's check
-	Idle    float64 `json:"idle_seconds,omitempty"`    // of as many just before or after, without the load
-	Unasked float64 `json:"unasked_seconds,omitempty"` // and with the same load on the other protocol's ports
+	Seconds float64 `json:"seconds"`                // from the first one's beginning to the last one's check
+	Idle    float64 `json:"idle_seconds,omitempty"` // of as many just before or after, without the load
 }
 
 func (t Turn) perSecond() float64 { return float64(t.Starts) / t.Seconds }
@@ -100,9 +99,8 @@ type Summary struct {
 	P50          float64        `json:"p50_ms"` // of those that were published
 	P95          float64        `json:"p95_ms"`
 	P99          float64        `json:"p99_ms"`
-	PerSecond    float64        `json:"starts_per_second"`    // the median turn's
-	OfIdle       float64        `json:"of_idle,omitempty"`    // starts a second, by those without the load: the median turn's
-	OfUnasked    float64        `json:"of_unasked,omitempty"` // and by those with it on the other protocol's ports
+	PerSecond    float64        `json:"starts_per_second"` // the median turn's
+	OfIdle       float64        `json:"of_idle,omitempty"` // starts a second, by those without the load: the median turn's
 	Attempts     float64        `json:"attempts_per_publish,omitempty"`
 }
 
@@ -156,7 +154,6 @@ func (c *Cell) summarize() {
 		s.PerSecond = quantile(0.5, rates)
 	}
 	s.OfIdle = c.pace(func(_ int, t Turn) Turn { return Turn{Starts: t.Starts, Seconds: t.Idle} })
-	s.OfUnasked = c.pace(func(_ int, t Turn) Turn { return Turn{Starts: t.Starts, Seconds: t.Unasked} })
 	c.Summary = s
 }
 
@@ -260,9 +257,6 @@ func (r *Results) Print(out io.Writer) {
 func (c *Cell) Beside() (says string) {
 	if c.Summary.OfIdle > 0 {
 		says = fmt.Sprintf("%s: %.2f x the starts a second without the load", c.key(), c.Summary.OfIdle)
-	}
-	if c.Summary.OfUnasked > 0 {
-		says += fmt.Sprintf(", %.2f x those with it on ports that are not asked for", c.Summary.OfUnasked)
 	}
 	return says
 }

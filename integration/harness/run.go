@@ -216,7 +216,7 @@ func (c *running) down() (err error) {
 func (r *run) turn(ctx context.Context, s scene, c *running, turn int) error {
 	shares := s.shares(c.Contender)
 	var own Turn
-	var beside [3]float64
+	var idle Turn
 	var failed error
 	for i := range shares {
 		// Whatever one of them warms up helps the next: they change places.
@@ -230,9 +230,11 @@ func (r *run) turn(ctx context.Context, s scene, c *running, turn int) error {
 			failed = err
 			break
 		}
-		beside[which] = t.Seconds
+		if which == 1 {
+			idle = t
+		}
 	}
-	if own.Idle, own.Unasked = beside[1], beside[2]; own.Starts > 0 {
+	if own.Idle = idle.Seconds; own.Starts > 0 {
 		c.cell.Turns = append(c.cell.Turns, own)
 	}
 	return failed

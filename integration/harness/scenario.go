@@ -54,11 +54,11 @@ type Load struct {
 	Name, About string
 	row         int     // so many of the first dynamic ports are held
 	share       float64 // so many of all dynamic ports are held, chosen at random
-	churn       bool    // a held one is released, and another taken, each millisecond
+	churn       bool    // a held one is released, and another taken, 1,000 times a second
 	second      bool    // a second user's daemon starts half of what is started
 	connect     int     // so many outgoing connections are open
 	spare       bool    // as many dynamic ports are left free, at random, as a turn needs
-	paced       bool    // what it costs is claimed: see shares
+	paced       bool    // what it costs is claimed
 }
 
 var loads = []Load{
@@ -72,7 +72,7 @@ var loads = []Load{
 	{Name: "random-60", About: "60% of them", share: 0.6, paced: true},
 	{Name: "random-90", About: "90% of them", share: 0.9},
 	{Name: "random-99", About: "99% of them", share: 0.99},
-	{Name: "churn-30", About: "as random-30, and each millisecond one is released and another taken", share: 0.3, churn: true},
+	{Name: "churn-30", About: "as random-30, and 1,000 times a second one is released and another taken", share: 0.3, churn: true},
 	{Name: "churn-60", About: "the same, of random-60", share: 0.6, churn: true, paced: true},
 	{Name: "churn-90", About: "the same, of random-90", share: 0.9, churn: true},
 	{Name: "churn-99", About: "the same, of random-99", share: 0.99, churn: true},
@@ -168,20 +168,14 @@ func (s scene) pace(c Contender) bool {
 	return s.paced && c.paced && s.Request.Name == requests[0].Name
 }
 
-// shares are what a turn consists of: the scene, and what its pace is compared to. Without the load is all that it costs. With a
-// churning load on the other protocol's ports, which nobody asks for, the machine has as much to do, but there is nothing to
-// search for.
+// shares are what a turn consists of: the scene, and itself without the load if its pace is compared to that.
 func (s scene) shares(c Contender) []scene {
 	if !s.pace(c) {
 		return []scene{s}
 	}
-	idle, unasked := s, s
+	idle := s
 	idle.Load = Load{}
-	unasked.network = map[string]string{"tcp4": "udp4", "udp4": "tcp4"}[s.network]
-	if !s.churn {
-		return []scene{s, idle}
-	}
-	return []scene{s, idle, unasked}
+	return []scene{s, idle}
 }
 
 // scenes are those that the options choose.

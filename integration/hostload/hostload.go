@@ -19,6 +19,7 @@ import (
 	"os/signal"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -50,7 +51,7 @@ type Load struct {
 	Hold int
 	// Connect, unless 0, is how many connections to itself the load has open, instead: the kernel chooses their ports.
 	Connect int
-	// Churn, unless 0, is how often a held port is released and another one taken.
+	// Churn, unless 0, is how often a held port is released and another one taken, in the mean: 10 ms are done at once.
 	Churn time.Duration
 	// Seed makes the choices. The same seed makes the same load, as far as others let it.
 	Seed uint64
@@ -191,24 +192,30 @@ func run(in *os.File, out io.Writer) error {
 	if err := report.Encode(h.report); err != nil {
 		return err
 	}
-	// A goroutine that waits would hand over to this one each time, which costs as much as what is done then: init has a thread
-	// of its own.
+	// A goroutine that waits would hand over to this one each time: init has a thread of its own.
 	for next := time.Now().Add(l.Churn); ; {
 		var wait *unix.Timespec // without end
 		if l.Churn > 0 {
-			wait = new(unix.NsecToTimespec(max(0, time.Until(next)).Nanoseconds()))
+			wait = new(unix.NsecToTimespec(max(l.Churn, together).Nanoseconds()))
 		}
-		switch n, err := unix.Ppoll([]unix.PollFd{{Fd: int32(in.Fd())}}, wait, nil); {
+		n, err := unix.Ppoll([]unix.PollFd{{Fd: int32(in.Fd())}}, wait, nil)
+		switch {
 		case n > 0:
 			return report.Encode(h.report)
-		case n == 0:
-			h.churn()
-			next = next.Add(l.Churn)
-		case err != unix.EINTR:
+		case err != nil && err != unix.EINTR:
 			return err
+		}
+		for now := time.Now(); l.Churn > 0 && next.Before(now); next = next.Add(l.Churn) {
+			if err := h.churn(); err != nil {
+				return err
+			}
 		}
 	}
 }
+
+// together is how long it waits to do what is due by then: to wake up costs several times what there is to do then, and
+// the containers that start meanwhile pay for it.
+const together = 10 * time.Millisecond
 
 type holder struct {
 	load   Load
@@ -221,6 +228,55 @@ type holder struct {
 type held struct {
 	port   int
 	socket io.Closer
+}
+
+// movable is a listening socket that changes its port. Who closes one each millisecond keeps the kernel in one RCU grace period
+// after the other, which containers wait for when they start: that would be the load's work, not its ports'.
+type movable struct {
+	net.Listener
+	raw syscall.RawConn
+}
+
+// listenMovable listens on the port without binding to it: what is bound to a port has it until it is closed.
+func listenMovable(network, address string, port int) (io.Closer, error) {
+	config := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
+		return control(c, func(fd int) error {
+			return errors.Join(unix.SetsockoptInt(fd, unix.IPPROTO_IP, unix.IP_BIND_ADDRESS_NO_PORT, 1), only(fd, port))
+		})
+	}}
+	config.SetMultipathTCP(false)
+	l, err := config.Listen(context.Background(), network, net.JoinHostPort(address, "0"))
+	if err != nil {
+		return nil, err
+	}
+	raw, err := l.(*net.TCPListener).SyscallConn()
+	return movable{l, raw}, err
+}
+
+// release has the port free, and take listens on another one.
+func (m movable) release() error {
+	return control(m.raw, func(fd int) error { return unix.Shutdown(fd, unix.SHUT_RDWR) })
+}
+
+func (m movable) take(port int) (io.Closer, error) {
+	return m, control(m.raw, func(fd int) error {
+		if err := only(fd, port); err != nil {
+			return err
+		}
+		return unix.Listen(fd, unix.SOMAXCONN)
+	})
+}
+
+// only has the kernel choose the port, of one. Linux can since 6.3.
+func only(fd, port int) error {
+	return unix.SetsockoptInt(fd, unix.IPPROTO_IP, unix.IP_LOCAL_PORT_RANGE, port|port<<16)
+}
+
+func control(c syscall.RawConn, f func(fd int) error) (err error) {
+	if broken := c.Control(func(fd uintptr) { err = f(int(fd)) }); broken != nil {
+		return broken
+	}
+	return err
 }
 
 // takeAll takes the first ports.
@@ -239,7 +295,7 @@ func (h *holder) takeAll() error {
 	for len(h.held) < want && len(h.free) > 0 {
 		port := h.free[0]
 		h.free = h.free[1:]
-		socket, err := listen(l.Network, l.Address, port)
+		socket, err := h.listen(port)
 		if err != nil {
 			taken = append(taken, port)
 			lastErr = err
@@ -282,16 +338,22 @@ func (h *holder) connect() error {
 }
 
 // churn releases a port and takes another one.
-func (h *holder) churn() {
+func (h *holder) churn() error {
 	if len(h.free) == 0 {
-		return
+		return nil
 	}
 	i := h.random.IntN(len(h.held))
 	old := h.held[i]
-	old.socket.Close()
+	release, take := old.socket.Close, h.listen
+	if m, ok := old.socket.(movable); ok {
+		release, take = m.release, m.take
+	}
+	if err := release(); err != nil {
+		return err
+	}
 	for range h.free {
 		j := h.random.IntN(len(h.free))
-		socket, err := listen(h.load.Network, h.load.Address, h.free[j])
+		socket, err := take(h.free[j])
 		if err != nil {
 			h.report.Refused++
 			continue
@@ -299,11 +361,24 @@ func (h *holder) churn() {
 		h.held[i] = held{h.free[j], socket}
 		h.free[j] = old.port
 		h.report.Churned++
-		return
+		return nil
 	}
 	// Everything else is taken: hold one less.
+	old.socket.Close()
 	h.held = append(h.held[:i], h.held[i+1:]...)
 	h.free = append(h.free, old.port)
+	return nil
+}
+
+// listen takes the port, so that the socket can go on to another one if there is churn and the kernel has a way.
+func (h *holder) listen(port int) (io.Closer, error) {
+	l := h.load
+	if l.Churn > 0 && strings.HasPrefix(l.Network, "tcp") {
+		if socket, err := listenMovable(l.Network, l.Address, port); !errors.Is(err, unix.ENOPROTOOPT) {
+			return socket, err
+		}
+	}
+	return listen(l.Network, l.Address, port)
 }
 
 func listen(network, address string, port int) (io.Closer, error) {
@@ -311,7 +386,5 @@ func listen(network, address string, port int) (io.Closer, error) {
 	if strings.HasPrefix(network, "udp") {
 		return net.ListenPacket(network, a)
 	}
-	var config net.ListenConfig
-	config.SetMultipathTCP(false) // which doubles the work
-	return config.Listen(context.Background(), network, a)
+	return net.Listen(network, a)
 }

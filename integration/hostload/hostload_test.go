@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 	"gotest.tools/v3/assert"
+	is "gotest.tools/v3/assert/cmp"
 	"gotest.tools/v3/poll"
 )
 
@@ -93,6 +94,44 @@ func TestChurns(t *testing.T) {
 	r, err := p.Stop()
 	assert.NilError(t, err)
 	assert.Assert(t, r.Churned > 0)
+}
+
+// What churns has one port at any time, and the same sockets.
+func TestMovesBetweenPorts(t *testing.T) {
+	ports := freePorts(t, 3)
+	for network, address := range map[string]string{"tcp4": "127.0.0.1", "tcp6": "::1"} {
+		s, err := listenMovable(network, address, ports[0])
+		if errors.Is(err, unix.ENOPROTOOPT) {
+			t.Log("Linux before 6.3: the sockets that churn are closed")
+			return
+		}
+		assert.NilError(t, err)
+		defer s.Close()
+		m := s.(movable)
+		has := func(want ...bool) {
+			t.Helper()
+			for i, port := range ports {
+				other, err := net.Listen(network, net.JoinHostPort(address, strconv.Itoa(port)))
+				assert.Check(t, is.Equal(errors.Is(err, unix.EADDRINUSE), want[i]), "%s port %d: %v", network, port, err)
+				if err == nil {
+					other.Close()
+				}
+			}
+		}
+		has(true, false, false)
+		assert.NilError(t, m.release())
+		has(false, false, false)
+		other, err := net.Listen(network, net.JoinHostPort(address, strconv.Itoa(ports[1])))
+		assert.NilError(t, err)
+		_, err = m.take(ports[1])
+		assert.ErrorIs(t, err, unix.EADDRINUSE)
+		other.Close()
+		_, err = m.take(ports[2])
+		assert.NilError(t, err)
+		has(false, false, true)
+		assert.NilError(t, m.Close())
+		has(false, false, false)
+	}
 }
 
 func TestEndsWithItsParent(t *testing.T) {
