@@ -51,7 +51,7 @@ type Load struct {
 	Hold int
 	// Connect, unless 0, is how many connections to itself the load has open, instead: the kernel chooses their ports.
 	Connect int
-	// Churn, unless 0, is how often a held port is released and another one taken, in the mean: 10 ms are done at once.
+	// Churn, unless 0, is how often a held port is released and another one taken, in the mean: what is due in 100 ms is done at once.
 	Churn time.Duration
 	// Seed makes the choices. The same seed makes the same load, as far as others let it.
 	Seed uint64
@@ -213,9 +213,9 @@ func run(in *os.File, out io.Writer) error {
 	}
 }
 
-// together is how long it waits to do what is due by then: to wake up costs several times what there is to do then, and
-// the containers that start meanwhile pay for it.
-const together = 10 * time.Millisecond
+// together is how long it waits to do what is due by then. To wake up costs several times what there is to do then, and so
+// does each of the kernel's RCU grace periods, which last some 7 ms: containers that start meanwhile pay for both.
+const together = 100 * time.Millisecond
 
 type holder struct {
 	load   Load
