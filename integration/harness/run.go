@@ -20,7 +20,6 @@ import (
 )
 
 const (
-	turns = 5 // of a contender in a cell
 	// answerWithin is how long a published port may take to be answered by its own container.
 	answerWithin = 5 * time.Second
 	startWithin  = time.Minute
@@ -72,11 +71,7 @@ func Run(ctx context.Context, o Options) (*Results, error) {
 
 // wanted is how many starts of a contender are kept.
 func (o *Options) wanted(s scene, c Contender) int {
-	n := o.Starts / s.Request.share
-	if s.pace(c) {
-		n *= often
-	}
-	return n
+	return o.Starts / s.Request.share * s.turns(c) / turns
 }
 
 // starts is how many it makes.
@@ -127,10 +122,7 @@ func (r *run) scene(ctx context.Context, s scene) (retErr error) {
 			continue
 		}
 		r.Progress.now(cell.key() + ": starting the daemon")
-		c := &running{Contender: contender, turns: turns, cell: cell}
-		if s.pace(contender) {
-			c.turns *= often
-		}
+		c := &running{Contender: contender, turns: s.turns(contender), cell: cell}
 		if err == nil {
 			err = c.bringUp(p, s.second)
 		}
@@ -216,7 +208,7 @@ func (c *running) down() (err error) {
 func (r *run) turn(ctx context.Context, s scene, c *running, turn int) error {
 	shares := s.shares(c.Contender)
 	var own Turn
-	var idle Turn
+	var idle float64
 	var failed error
 	for i := range shares {
 		// Whatever one of them warms up helps the next: they change places.
@@ -231,10 +223,10 @@ func (r *run) turn(ctx context.Context, s scene, c *running, turn int) error {
 			break
 		}
 		if which == 1 {
-			idle = t
+			idle = t.Seconds
 		}
 	}
-	if own.Idle = idle.Seconds; own.Starts > 0 {
+	if own.Idle = idle; own.Starts > 0 {
 		c.cell.Turns = append(c.cell.Turns, own)
 	}
 	return failed

@@ -160,17 +160,28 @@ type scene struct {
 	contenders []Contender
 }
 
-// often is how many times as many turns are taken where what a load costs is claimed: one turn's pace is told no closer than a tenth.
-const often = 5
+const (
+	turns = 5 // of a contender in a cell
+	// often is how many times as many there are where a load's cost is claimed: one turn's pace is told no closer than a tenth.
+	often = 5
+)
 
-// pace is whether what the load costs the contender is claimed.
-func (s scene) pace(c Contender) bool {
+// turns are those that the contender takes.
+func (s scene) turns(c Contender) int {
+	if s.costs(c) {
+		return often * turns
+	}
+	return turns
+}
+
+// costs is whether it is claimed what the load costs the contender.
+func (s scene) costs(c Contender) bool {
 	return s.paced && c.paced && s.Request.Name == requests[0].Name
 }
 
-// shares are what a turn consists of: the scene, and itself without the load if its pace is compared to that.
+// shares are what a turn consists of: the scene, and the same without the load where its cost is claimed.
 func (s scene) shares(c Contender) []scene {
-	if !s.pace(c) {
+	if !s.costs(c) {
 		return []scene{s}
 	}
 	idle := s
