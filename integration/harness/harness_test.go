@@ -182,20 +182,23 @@ func TestEachStartIsChecked(t *testing.T) {
 // Where a load's cost is claimed there are more turns, each beside one without the load, of which only the time is kept.
 func TestPacedTurnsHaveOneWithoutTheLoad(t *testing.T) {
 	f := &fake{becomes: func(int) string { return published }}
-	results, _, err := measureUnder(t, t.Context(), Load{Name: "none", row: 1, paced: true}, filepath.Join(t.TempDir(), "stress.json"),
+	results, _, err := measureUnder(t, t.Context(), Load{Name: "none", paced: true}, filepath.Join(t.TempDir(), "stress.json"),
 		Contender{Name: "berth", up: f.up(t), berth: true, paced: true})
 	assert.NilError(t, err)
 	c := results.Cells[0]
 	assert.Check(t, is.Equal(len(c.Starts), 10*often))
 	assert.Check(t, is.Equal(len(c.Turns), turns*often))
 	for _, turn := range c.Turns {
-		assert.Check(t, is.Equal(turn.Held, 1))
 		assert.Check(t, turn.Idle > 0, "%v", turn)
 	}
 	assert.Equal(t, f.started.Load(), int32(2*10*often))
 
-	stock := scene{Load{paced: true}, requests[0], nil}
-	assert.Equal(t, len(stock.shares(Contender{Name: "stock"})), 1)
+	s := scene{Load{row: 1, paced: true}, requests[0], nil}
+	assert.Equal(t, len(s.shares(Contender{Name: "stock"})), 1)
+	shares := s.shares(Contender{Name: "berth", paced: true})
+	assert.Equal(t, len(shares), 2)
+	assert.Equal(t, shares[0].Load, s.Load)
+	assert.Equal(t, shares[1].Load, Load{})
 }
 
 // A turn that breaks ends its cell, which says so, and no other one.
